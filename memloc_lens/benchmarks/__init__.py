@@ -1,0 +1,1 @@
+"""The benchmarks: loops over sequences, methods and ratios that write records."""

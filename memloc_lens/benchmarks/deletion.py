@@ -1,0 +1,364 @@
+"""DEL: drop the neurons that a localizer names for a memorized sequence; measure forgetting, and the damage.
+
+Chang et al. (2024), sec. 3.2. For each target sequence and method:
+
+1. Localize; take the top share of every layer but the first.
+2. Switch these neurons off at every position.
+3. Measure on the target (self), on other memorized sequences (neg) and on control sequences the accuracy of the
+   suffix and the distance of the text, on the target also in free-running generation, and the perplexity of
+   text that nobody memorized. All are recorded as changes from before.
+
+A good localizer lowers self accuracy and leaves the rest alone.
+"""
+
+import hashlib
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+from transformer_lens import HookedTransformer
+
+from memloc_lens.ablation import ablate
+from memloc_lens.benchmarks.records import RunFolder
+from memloc_lens.benchmarks.statistics import summarize
+from memloc_lens.data import load_sequences, load_texts
+from memloc_lens.localizers import (
+    LOCALIZERS,
+    Activations,
+    HardConcrete,
+    IntegratedGradients,
+    Random,
+    Slimming,
+    WeightNorm,
+    ZeroOut,
+)
+from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
+from memloc_lens.models import EMBEDDED, load_model
+from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
+from memloc_lens.report.table import print_table
+from memloc_lens.sequence import MemorizedSequence
+
+Method = Literal[
+    "hard-concrete", "slimming", "zero-out", "integrated-gradients", "activations", "weight-norm", "random"
+]
+GROUPS = ("neg", "neg_related", "neg_unrelated", "control")
+METRICS = (
+    *(f"{group}_{measure}" for group in ("self", "self_free", *GROUPS) for measure in ("acc", "dist")),
+    "ppl",
+)  # fmt: skip
+EMBEDDED_RATIOS, RATIOS = (0.01, 0.05, 0.1), (0.001, 0.005)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run of the DEL benchmark."""
+
+    model: str = EMBEDDED.name
+    """The model: "embedded", a folder in transformers format, a .gguf file or a name on the hub."""
+    data: Path | None = None
+    """Memorized sequences as JSON lines with "all" and "prompt_len"; left out: the embedded model's own."""
+    methods: tuple[Method, ...] = tuple(LOCALIZERS)  # type: ignore[assignment]
+    """Localizers to compare."""
+    ratios: tuple[float, ...] = ()
+    """Shares of every layer's neurons to drop. Left out: 0.01 0.05 0.1 for the embedded model, whose layers are
+    narrow, 0.001 0.005 (the paper's) for others."""
+    limit: int = 12
+    """Target sequences, the first of the data; 0 takes all."""
+    negatives: int = 48
+    """Other memorized sequences that the damage is measured on, drawn once from all; 0 takes all."""
+    controls: int = 24
+    """Control sequences that the damage is measured on, where the data has any; 0 takes all."""
+    text: Path | None = None
+    """Unrelated text for the perplexity: a text file, or JSON lines with "text"; left out: the embedded model's
+    held-out text, which is prose about Python."""
+    text_tokens: int = 2048
+    """Tokens of that text to use."""
+    out: Path = Path("runs/del")
+    """Folder of the run. A run that was stopped goes on where it was when started again with the same settings."""
+    device: str | None = None
+    """Left out: CUDA where there is one, else the CPU."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    first_layer: int = 1
+    """Layers before it are neither localized in nor dropped; the paper leaves out layer 0. Goes before the
+    methods' own settings of this name."""
+    scope: Literal["layer", "global"] = "layer"
+    """Take the share of every layer, or of all layers together."""
+    ablation: Literal["zero", "mean", "scale"] = "zero"
+    """Set dropped activations to zero, to their mean over the perplexity text, or halve them."""
+    seed: int = 0
+    """Of the draws of negatives and controls, and of the bootstrap."""
+    batch: int = 16
+    """Sequences localized side by side, and evaluated at a time."""
+    hard_concrete: HardConcrete = field(default_factory=HardConcrete)
+    slimming: Slimming = field(default_factory=Slimming)
+    zero_out: ZeroOut = field(default_factory=ZeroOut)
+    integrated_gradients: IntegratedGradients = field(default_factory=IntegratedGradients)
+    activations: Activations = field(default_factory=Activations)
+    weight_norm: WeightNorm = field(default_factory=WeightNorm)
+    random: Random = field(default_factory=Random)
+
+    def localizer(self, method: str) -> Any:
+        """The localizer of a method, with the run's `first_layer` where it has one."""
+        localizer = getattr(self, method.replace("-", "_"))
+        has_first_layer = any(entry.name == "first_layer" for entry in fields(localizer))
+        return replace(localizer, first_layer=self.first_layer) if has_first_layer else localizer
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything a run reads: the model, the sequences it measures on, and the text."""
+
+    model: HookedTransformer
+    targets: list[MemorizedSequence]
+    others: list[MemorizedSequence]
+    controls: list[MemorizedSequence]
+    text: Int[Tensor, "row pos"] | None
+
+    def negatives(self, target: MemorizedSequence) -> list[MemorizedSequence]:
+        """The other memorized sequences without the target itself."""
+        return [sequence for sequence in self.others if sequence.id != target.id]
+
+
+def main() -> None:
+    """The command line: ``python -m memloc_lens.benchmarks.del --help``."""
+    settings = tyro.cli(Settings, prog="python -m memloc_lens.benchmarks.del", description=__doc__)
+    try:
+        summary = run(settings)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print_table(summary)
+    print(f"\nrecords, scores and summary: {settings.out}")
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Run the benchmark, or what is left of it, and return its summary.
+
+    Args:
+        settings: of the run; those that decide records must equal those of an earlier run in the same folder.
+
+    Returns:
+        What `summary.json` holds: benchmark, model, the state `before` any ablation, and for each method, ratio
+        and metric the mean change with its 95% interval. Accuracies are in points, distances in characters.
+
+    Raises:
+        ValueError: for settings, files or a run folder that cannot be used, before any long work.
+    """
+    _check(settings)
+    material = _material(settings)
+    settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
+    for ratio in settings.ratios:
+        width = material.model.cfg.d_mlp
+        neurons_taken(ratio, width if settings.scope == "layer" else width * (material.model.cfg.n_layers - settings.first_layer))
+    folder = RunFolder(settings.out, _config(settings, material))
+    _check_space(settings, material)
+
+    everyone = {sequence.id: sequence for sequence in material.targets + material.others + material.controls}
+    before = _state(settings, material, material.targets, list(everyone.values()))
+    total = len(material.targets) * len(settings.methods) * len(settings.ratios)
+    with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
+        for target, method, scores, seconds in _localize(settings, material, folder, progress):
+            for ratio in settings.ratios:
+                if (target.id, method, ratio) not in folder:
+                    neurons = top_neurons(scores, ratio, settings.first_layer, settings.scope)
+                    folder.append(_record(settings, material, before, target, method, ratio, neurons, seconds))
+                    progress.update()
+    earlier = [{"method": "before", "ratio": 0.0} | _metrics(material, target, before) for target in material.targets]
+    summary = {
+        "benchmark": "del",
+        "model": settings.model,
+        "sequences": len(material.targets),
+        "before": summarize(earlier, METRICS)["before"]["0.0"],
+        "methods": summarize(folder.records, METRICS),
+    }
+    folder.write_summary(summary)
+    return summary
+
+
+def _check(settings: Settings) -> None:
+    for method in settings.methods:
+        if method not in LOCALIZERS:
+            raise ValueError(f"no method is called {method!r}; there are {', '.join(LOCALIZERS)}")
+    if not settings.methods or len(set(settings.methods)) < len(settings.methods):
+        raise ValueError(f"methods are {' '.join(settings.methods) or 'none'}; name each wanted one once")
+    if len(set(settings.ratios)) < len(settings.ratios):
+        raise ValueError(f"ratios are {settings.ratios}; name each once")
+    for name in ("limit", "negatives", "controls"):
+        if getattr(settings, name) < 0:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be 0 (all) or more")
+    if settings.batch < 1:
+        raise ValueError(f"batch is {settings.batch}; it must be at least 1")
+
+
+def _default_ratios(settings: Settings) -> tuple[float, ...]:
+    return EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS
+
+
+def _material(settings: Settings) -> Material:
+    model = load_model(settings.model, device=settings.device, dtype=getattr(torch, settings.dtype))
+    if not 0 <= settings.first_layer < model.cfg.n_layers:
+        raise ValueError(f"first_layer is {settings.first_layer}; {settings.model} has layers 0 to {model.cfg.n_layers - 1}")
+    memorized = load_sequences(model, settings.data)
+    if not memorized:
+        raise ValueError(f"{settings.data} holds no test sequence")
+    controls = load_sequences(model, settings.data, split="control")
+    if len({sequence.id for sequence in memorized + controls}) < len(memorized + controls):
+        raise ValueError(f"two sequences of {settings.data} share an id; every record needs its own")
+    text = None
+    if model.tokenizer is not None:
+        text = text_rows(model, load_texts(settings.text or EMBEDDED / "held_out.jsonl"), settings.text_tokens)
+    elif settings.text or settings.ablation == "mean":
+        raise ValueError(f"{settings.model} has no tokenizer to read text with, for the perplexity or the mean ablation")
+    return Material(
+        model,
+        targets=memorized[: settings.limit or None],
+        others=_draw(memorized, settings.negatives, settings.seed),
+        controls=_draw(controls, settings.controls, settings.seed),
+        text=text,
+    )
+
+
+def _draw(sequences: list[MemorizedSequence], count: int, seed: int) -> list[MemorizedSequence]:
+    if count == 0 or count >= len(sequences):
+        return sequences
+    chosen = sorted(random.Random(seed).sample(range(len(sequences)), count))
+    return [sequences[place] for place in chosen]
+
+
+def _config(settings: Settings, material: Material) -> dict[str, Any]:
+    """All that decides the records: the settings but for the place of the run, and the content of the data."""
+    config = {name: value for name, value in asdict(settings).items() if name != "out"}
+    config |= {name: str(config[name]) for name in ("data", "text") if config[name] is not None}
+    config["device"] = str(material.model.cfg.device)
+    content = [(sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in material.targets + material.others]
+    text = [] if material.text is None else material.text.tolist()
+    config["data_sha256"] = hashlib.sha256(repr((content, text)).encode()).hexdigest()
+    config["memloc_lens"] = version("memloc-lens")
+    return config
+
+
+def _check_space(settings: Settings, material: Material) -> None:
+    cfg = material.model.cfg
+    needed = len(material.targets) * len(settings.methods) * (4 * cfg.n_layers * cfg.d_mlp + 1000 * len(settings.ratios))
+    free = shutil.disk_usage(settings.out).free
+    if free < needed:
+        raise ValueError(f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free")
+
+
+def _localize(
+    settings: Settings, material: Material, folder: RunFolder, progress: tqdm
+) -> Iterator[tuple[MemorizedSequence, str, Float[Tensor, "layer neuron"], float]]:
+    """Each target with each method's scores, and the seconds they took.
+
+    Batches are the same in every run, so that a run that goes on gets the scores it would have had.
+    """
+    for start in range(0, len(material.targets), settings.batch):
+        batch = material.targets[start : start + settings.batch]
+        for method in settings.methods:
+            wanted = [(target.id, method, ratio) for target in batch for ratio in settings.ratios]
+            if all(key in folder for key in wanted):
+                continue
+            progress.set_postfix_str(method)
+
+            def compute(method: str = method, batch: list[MemorizedSequence] = batch) -> dict[str, Tensor]:
+                started = time.perf_counter()
+                scores = settings.localizer(method)(material.model, batch)
+                seconds = (time.perf_counter() - started) / len(batch)
+                return {"scores": scores, "seconds_each": torch.tensor(seconds)}
+
+            kept = folder.scores(f"{method}-{start:05d}", compute)
+            for target, scores in zip(batch, kept["scores"], strict=True):
+                yield target, method, scores, round(kept["seconds_each"].item(), 3)
+
+
+def _record(
+    settings: Settings,
+    material: Material,
+    before: "State",
+    target: MemorizedSequence,
+    method: str,
+    ratio: float,
+    neurons: Neurons,
+    localize_seconds: float,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    text = [] if material.text is None else [MemorizedSequence(row, 1) for row in material.text]
+    with ablate(material.model, neurons, settings.ablation, over=text):
+        after = _state(settings, material, [target], [target, *material.negatives(target), *material.controls])
+    metrics, earlier = _metrics(material, target, after), _metrics(material, target, before)
+    return {
+        "sequence": target.id,
+        "method": method,
+        "ratio": ratio,
+        "neurons": len(neurons),
+        **{metric: round(metrics[metric] - earlier[metric], 6) for metric in metrics},
+        "localize_seconds": localize_seconds,
+        "evaluate_seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+Recall = dict[str, dict[str, float]]
+"""For each sequence's id, the accuracy ("acc", points) and distance ("dist", characters) of its suffix."""
+
+
+@dataclass(frozen=True)
+class State:
+    """What the model recalls, ablated or not: teacher-forced, free-running, and its perplexity on the text."""
+
+    forced: Recall
+    free: Recall
+    perplexity: float | None
+
+
+def _state(
+    settings: Settings, material: Material, targets: list[MemorizedSequence], everyone: list[MemorizedSequence]
+) -> State:
+    model = material.model
+    return State(
+        forced=_recall(model, everyone, teacher_forced(model, everyone, settings.batch)),
+        free=_recall(model, targets, free_running(model, targets, settings.batch)),
+        perplexity=None if material.text is None else perplexity(model, material.text, settings.batch),
+    )
+
+
+def _recall(
+    model: HookedTransformer, sequences: list[MemorizedSequence], predictions: list[Int[Tensor, " suffix"]]
+) -> Recall:
+    values = {"acc": suffix_accuracy(predictions, sequences).tolist()}
+    if model.tokenizer is not None:
+        values["dist"] = text_distance(model, predictions, sequences).tolist()
+    return {
+        sequence.id: {measure: value[place] for measure, value in values.items()}
+        for place, sequence in enumerate(sequences)
+    }
+
+
+def _metrics(material: Material, target: MemorizedSequence, state: State) -> dict[str, float]:
+    """Every metric of a target in a state; a group without members has none."""
+    negatives = material.negatives(target)
+    categories_known = all(sequence.category for sequence in [target, *negatives])
+    related = [sequence for sequence in negatives if set(sequence.category) & set(target.category)]
+    groups = {"self": [target], "neg": negatives, "control": material.controls}
+    if categories_known:
+        groups |= {"neg_related": related, "neg_unrelated": [other for other in negatives if other not in related]}
+    metrics = {
+        f"{group}_{measure}": statistics.fmean(state.forced[member.id][measure] for member in members)
+        for group, members in groups.items()
+        if members
+        for measure in state.forced[target.id]
+    }
+    metrics |= {f"self_free_{measure}": value for measure, value in state.free[target.id].items()}
+    if state.perplexity is not None:
+        metrics["ppl"] = state.perplexity
+    return {metric: metrics[metric] for metric in METRICS if metric in metrics}

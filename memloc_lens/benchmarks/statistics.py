@@ -1,0 +1,50 @@
+"""Records -> means with 95% intervals, per method, ratio and metric."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.stats import bootstrap
+
+Interval = dict[str, float | int]
+
+
+def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
+    """The mean with its 95% BCa bootstrap interval (Efron, 1987).
+
+    Args:
+        values: one a sequence, at least one. Where all are equal, the interval is that value.
+        seed: of the 9,999 resamples.
+
+    Returns:
+        `mean`, `low`, `high` and `n`. A single value has no interval but itself.
+
+    Example:
+        >>> mean_interval([3.0, 3.0])
+        {'mean': 3.0, 'low': 3.0, 'high': 3.0, 'n': 2}
+    """
+    data = np.asarray(values, dtype=float)
+    mean = float(data.mean())
+    if np.ptp(data) == 0:
+        return {"mean": mean, "low": mean, "high": mean, "n": len(data)}
+    interval = bootstrap((data,), np.mean, method="BCa", rng=np.random.default_rng(seed)).confidence_interval
+    low, high = float(interval.low), float(interval.high)
+    # with two or three values the acceleration can be undefined
+    return {"mean": mean, "low": low if math.isfinite(low) else float(data.min()),
+            "high": high if math.isfinite(high) else float(data.max()), "n": len(data)}  # fmt: skip
+
+
+def summarize(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
+    """`{method: {ratio: {metric: interval}}}`; a metric that no record of a cell has is left out."""
+    methods: dict[str, Any] = {}
+    for method in dict.fromkeys(record["method"] for record in records):
+        methods[method] = {}
+        of_method = [record for record in records if record["method"] == method]
+        for ratio in sorted({record["ratio"] for record in of_method}):
+            cell = [record for record in of_method if record["ratio"] == ratio]
+            present = {metric: [r[metric] for r in cell if r.get(metric) is not None] for metric in metrics}
+            methods[method][str(ratio)] = {
+                metric: mean_interval(values) for metric, values in present.items() if values
+            }
+    return methods

@@ -1,0 +1,5 @@
+"""Sequences and texts from files."""
+
+from memloc_lens.data.files import load_sequences, load_texts
+
+__all__ = ["load_sequences", "load_texts"]

@@ -1,0 +1,53 @@
+"""The forward pass in parts, so that nobody computes more of it than is read."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformer_lens import HookedTransformer
+
+
+def final_residual(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+    """The residual stream after the last layer, before the final norm."""
+    return model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=model.cfg.n_layers)
+
+
+def target_logits(
+    model: HookedTransformer, residual: Float[Tensor, "batch pos d_model"], prompt_len: int
+) -> Float[Tensor, "batch suffix d_vocab"]:
+    """Logits at the target positions alone: those that predict the suffix."""
+    logits = model.unembed(model.ln_final(residual[:, prompt_len - 1 : -1]))
+    cap = model.cfg.output_logits_soft_cap
+    return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+def target_loss(
+    model: HookedTransformer,
+    residual: Float[Tensor, "batch pos d_model"],
+    tokens: Int[Tensor, "batch pos"],
+    prompt_len: int,
+) -> Float[Tensor, " batch"]:
+    """Suffix loss of each row: mean over the suffix of -log p(token | all before it), in nats, in float32."""
+    logits = target_logits(model, residual, prompt_len).float()
+    suffix = tokens[:, prompt_len:].to(logits.device)
+    return cross_entropy(logits.transpose(1, 2), suffix, reduction="none").mean(dim=1)
+
+
+@contextmanager
+def frozen(model: HookedTransformer) -> Iterator[None]:
+    """Evaluation mode and no gradients for parameters, both put back on leaving as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    for parameter, _ in needs:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in needs:
+            parameter.requires_grad_(requires_grad)

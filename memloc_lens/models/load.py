@@ -1,0 +1,139 @@
+"""Load a model from wherever it lies, always as an unprocessed `HookedTransformer`.
+
+1. Find what the name means: the embedded model, a GGUF file, a folder in transformers format, a hub name.
+2. Read weights and tokenizer with transformers; pickled weights are refused.
+3. Convert the configuration and the weights with TransformerLens' own public functions, without folding or
+   centring anything: a row of `W_out` is then the row of the original model, and so are its norms and gradients.
+"""
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from transformer_lens import HookedTransformer
+from transformer_lens.loading_from_pretrained import (
+    get_official_model_name,
+    get_pretrained_model_config,
+    get_pretrained_state_dict,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = Path(__file__).parent / "embedded"
+"""The folder of the model that comes with the package."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+
+
+def load_model(
+    name: str | Path | None = None, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> HookedTransformer:
+    """Load a causal language model as a `HookedTransformer` whose weights are exactly the original's.
+
+    Args:
+        name: nothing or `"embedded"` for the embedded model, a folder in transformers format, a `.gguf` file, or a name on the
+            hub such as `"gpt2-xl"` or `"EleutherAI/pythia-2.8b"`. A path never touches the network. A folder
+            without a tokenizer loads a model without one.
+        device: defaults to CUDA where there is one, else the CPU.
+        dtype: of the weights and of all computation.
+
+    Returns:
+        The model in evaluation mode. Strings are tokenized as they stand, with no token put before them.
+
+    Raises:
+        ValueError: if `name` is none of these, or if its architecture has no `HookedTransformer`.
+
+    Example:
+        >>> model = load_model()
+        >>> model.cfg.n_layers, model.cfg.d_mlp
+        (6, 768)
+    """
+    original, tokenizer, label = _read(name, dtype)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with tempfile.TemporaryDirectory(prefix="memloc_") as folder:
+        return _convert(original, tokenizer, label, folder, device, dtype)
+
+
+def _read(
+    name: str | Path | None, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+    if name is None or name == EMBEDDED.name:
+        return *_read_folder(EMBEDDED, dtype), "embedded"
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return *_read_gguf(path, dtype), path.stem
+    if (path / "config.json").is_file():
+        return *_read_folder(path, dtype), path.name
+    if path.exists() or path.suffix == ".gguf" or path.is_absolute():
+        raise ValueError(f"no model at {str(name)!r}: {_possible_names()}")
+    return *_read_hub(str(name), dtype), str(name).split("/")[-1]
+
+
+def _possible_names() -> str:
+    return (
+        "a model is one of: embedded (the one that comes with memloc_lens), a folder with config.json and model.safetensors "
+        "(transformers format), a .gguf file, or the name of a model on the hub, such as gpt2-xl"
+    )
+
+
+def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the folder {str(folder)!r} does not load: {error}") from error
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_tokenizer else None
+
+
+def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    except ImportError as error:
+        raise ValueError(f'reading {str(path)!r} needs the gguf package: pip install "memloc-lens[gguf]"') from error
+    return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+def _read_hub(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        official = get_official_model_name(name)  # TransformerLens knows short names: pythia-2.8b
+    except ValueError:
+        official = name
+    try:
+        model = AutoModelForCausalLM.from_pretrained(official, dtype=dtype, use_safetensors=True)
+        return model, AutoTokenizer.from_pretrained(official)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no model called {name!r} could be had from the hub; {_possible_names()}") from error
+
+
+def _convert(
+    original: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    label: str,
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> HookedTransformer:
+    config = original.config
+    config.architectures = [type(original).__name__]
+    config.save_pretrained(folder)
+    try:
+        cfg = get_pretrained_model_config(
+            folder, hf_cfg=config.to_dict(), fold_ln=False, device=device, dtype=dtype, default_prepend_bos=False
+        )
+    except NotImplementedError as error:
+        raise ValueError(f"{config.architectures[0]} has no HookedTransformer: {error}") from error
+    state = get_pretrained_state_dict(folder, cfg, original, dtype=dtype)
+    cfg.model_name, cfg.tokenizer_name = label, None
+    if tokenizer is not None:
+        # TransformerLens reads the tokenizer anew from the folder it came from
+        tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+        model = HookedTransformer(cfg, tokenizer, move_to_device=False)
+    model.load_and_process_state_dict(
+        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    return model.to(device, print_details=False).eval()
