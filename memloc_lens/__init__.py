@@ -1,6 +1,7 @@
 """Which neurons hold a sequence that a language model has memorized, and what happens when they are switched off?"""
 
 from memloc_lens.ablation import ablate, mask, mean_activations
+from memloc_lens.data import load_sequences
 from memloc_lens.localizers import (
     LOCALIZERS,
     Activations,
@@ -28,6 +29,7 @@ __all__ = [
     "ZeroOut",
     "ablate",
     "load_model",
+    "load_sequences",
     "mask",
     "mean_activations",
     "top_neurons",

@@ -71,7 +71,9 @@ def ablate(
 
 
 @contextmanager
-def mask(model: HookedTransformer, values: Float[Tensor, "*batch layer neuron"], first_layer: int = 0) -> Iterator[None]:
+def mask(
+    model: HookedTransformer, values: Float[Tensor, "*batch layer neuron"], first_layer: int = 0
+) -> Iterator[None]:
     """Multiply the neurons' activations by a mask at every position.
 
     Args:
@@ -99,11 +101,11 @@ def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequ
     """
     if not sequences:
         raise ValueError("a mean ablation needs the text to take the mean over: ablate(..., 'mean', over=sequences)")
+    names = [post(layer) for layer in range(model.cfg.n_layers)]
     total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, device=model.cfg.device)
     for _, tokens, _ in equal_length_batches(sequences, size=16):
-        names = {post(layer) for layer in range(model.cfg.n_layers)}
-        _, cache = model.run_with_cache(tokens.to(model.cfg.device), return_type=None, names_filter=lambda name: name in names)
-        total += torch.stack([cache[post(layer)].float().sum(dim=(0, 1)) for layer in range(model.cfg.n_layers)])
+        _, cache = model.run_with_cache(tokens.to(model.cfg.device), return_type=None, names_filter=names)
+        total += torch.stack([cache[name].float().sum(dim=(0, 1)) for name in names])
     return total / sum(len(sequence.tokens) for sequence in sequences)
 
 
@@ -125,5 +127,6 @@ def _check_shape(model: HookedTransformer, values: Tensor, first_layer: int = 0)
     expected = (model.cfg.n_layers - first_layer, model.cfg.d_mlp)
     if values.shape[-2:] != expected:
         raise ValueError(
-            f"neurons of shape {list(values.shape[-2:])} [layer, neuron] do not fit {model.cfg.model_name}, whose shape is {list(expected)}"
+            f"neurons of shape {list(values.shape[-2:])} [layer, neuron] do not fit {model.cfg.model_name}, "
+            f"which has {list(expected)}"
         )

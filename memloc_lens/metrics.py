@@ -64,7 +64,9 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
 def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> Float[Tensor, " sequence"]:
     """The share of each suffix that is predicted right, token by token, in points (0 to 100)."""
     pairs = zip(predictions, sequences, strict=True)
-    return torch.tensor([100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs])
+    return torch.tensor(
+        [100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs]
+    )
 
 
 def text_distance(

@@ -71,7 +71,8 @@ class Neurons:
     def _same_shape(self, other: "Neurons") -> Bool[Tensor, "layer neuron"]:
         if self.members.shape != other.members.shape:
             raise ValueError(
-                f"neurons of models of different shape: {list(self.members.shape)} and {list(other.members.shape)} [layer, neuron]"
+                f"neurons of models of different shape [layer, neuron]: {list(self.members.shape)} and "
+                f"{list(other.members.shape)}"
             )
         return other.members.to(self.members.device)
 
@@ -96,11 +97,13 @@ def top_neurons(
         ValueError: if the ratio is outside (0, 1] or takes no neuron, if `first_layer` leaves no layer, or if
             a score is not a number.
     """
-    layers, width = scores.shape
+    layers = len(scores)
     if not 0 <= first_layer < layers:
         raise ValueError(f"first_layer is {first_layer}; the scores have layers 0 to {layers - 1}")
     if scores.isnan().any():
-        raise ValueError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN; neurons cannot be ranked by them")
+        raise ValueError(
+            f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN; neurons cannot be ranked by them"
+        )
     eligible = scores[first_layer:]
     ranked = eligible if scope == "layer" else eligible.reshape(1, -1)
     count = neurons_taken(ratio, ranked.shape[1], rounding)
@@ -122,5 +125,7 @@ def neurons_taken(ratio: float, width: int, rounding: Literal["down", "nearest"]
     exact = round(ratio * width, 9)
     count = int(exact) if rounding == "down" else round(exact)
     if count == 0:
-        raise ValueError(f"a ratio of {ratio} takes none of {width} neurons; the smallest that takes one is {1 / width:.2g}")
+        raise ValueError(
+            f"a ratio of {ratio} takes none of {width} neurons; the smallest that takes one is {1 / width:.2g}"
+        )
     return count

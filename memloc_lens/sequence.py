@@ -31,7 +31,8 @@ class MemorizedSequence:
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or len(self.tokens) == 0:
             raise ValueError(
-                f"sequence {self.id!r} has tokens of shape {list(self.tokens.shape)}; a sequence is one row of at least 2"
+                f"sequence {self.id!r} has tokens of shape {list(self.tokens.shape)}; "
+                "a sequence is one row of at least 2"
             )
         if not 1 <= self.prompt_len < len(self.tokens):
             raise ValueError(
@@ -73,7 +74,8 @@ class MemorizedSequence:
         """Raise a `ValueError` if the model cannot read the sequence: too long, or with unknown tokens."""
         if len(self.tokens) > model.cfg.n_ctx:
             raise ValueError(
-                f"sequence {self.id!r} has {len(self.tokens)} tokens, and the model reads at most {model.cfg.n_ctx}; shorten it"
+                f"sequence {self.id!r} has {len(self.tokens)} tokens, and the model reads at most {model.cfg.n_ctx}; "
+                "shorten it"
             )
         if not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < model.cfg.d_vocab:
             raise ValueError(

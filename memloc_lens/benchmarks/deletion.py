@@ -160,7 +160,9 @@ def run(settings: Settings) -> dict[str, Any]:
     settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
     for ratio in settings.ratios:
         width = material.model.cfg.d_mlp
-        neurons_taken(ratio, width if settings.scope == "layer" else width * (material.model.cfg.n_layers - settings.first_layer))
+        neurons_taken(
+            ratio, width if settings.scope == "layer" else width * (material.model.cfg.n_layers - settings.first_layer)
+        )
     folder = RunFolder(settings.out, _config(settings, material))
     _check_space(settings, material)
 
@@ -208,7 +210,9 @@ def _default_ratios(settings: Settings) -> tuple[float, ...]:
 def _material(settings: Settings) -> Material:
     model = load_model(settings.model, device=settings.device, dtype=getattr(torch, settings.dtype))
     if not 0 <= settings.first_layer < model.cfg.n_layers:
-        raise ValueError(f"first_layer is {settings.first_layer}; {settings.model} has layers 0 to {model.cfg.n_layers - 1}")
+        raise ValueError(
+            f"first_layer is {settings.first_layer}; {settings.model} has layers 0 to {model.cfg.n_layers - 1}"
+        )
     memorized = load_sequences(model, settings.data)
     if not memorized:
         raise ValueError(f"{settings.data} holds no test sequence")
@@ -219,7 +223,9 @@ def _material(settings: Settings) -> Material:
     if model.tokenizer is not None:
         text = text_rows(model, load_texts(settings.text or EMBEDDED / "held_out.jsonl"), settings.text_tokens)
     elif settings.text or settings.ablation == "mean":
-        raise ValueError(f"{settings.model} has no tokenizer to read text with, for the perplexity or the mean ablation")
+        raise ValueError(
+            f"{settings.model} has no tokenizer to read text with, for the perplexity or the mean ablation"
+        )
     return Material(
         model,
         targets=memorized[: settings.limit or None],
@@ -241,7 +247,9 @@ def _config(settings: Settings, material: Material) -> dict[str, Any]:
     config = {name: value for name, value in asdict(settings).items() if name != "out"}
     config |= {name: str(config[name]) for name in ("data", "text") if config[name] is not None}
     config["device"] = str(material.model.cfg.device)
-    content = [(sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in material.targets + material.others]
+    content = [
+        (sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in material.targets + material.others
+    ]
     text = [] if material.text is None else material.text.tolist()
     config["data_sha256"] = hashlib.sha256(repr((content, text)).encode()).hexdigest()
     config["memloc_lens"] = version("memloc-lens")
@@ -250,10 +258,14 @@ def _config(settings: Settings, material: Material) -> dict[str, Any]:
 
 def _check_space(settings: Settings, material: Material) -> None:
     cfg = material.model.cfg
-    needed = len(material.targets) * len(settings.methods) * (4 * cfg.n_layers * cfg.d_mlp + 1000 * len(settings.ratios))
+    needed = (
+        len(material.targets) * len(settings.methods) * (4 * cfg.n_layers * cfg.d_mlp + 1000 * len(settings.ratios))
+    )
     free = shutil.disk_usage(settings.out).free
     if free < needed:
-        raise ValueError(f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free")
+        raise ValueError(
+            f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free"
+        )
 
 
 def _localize(

@@ -84,7 +84,9 @@ class RunFolder:
             try:
                 records.append(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"{self._records}, line {number}: not a record; remove the line to have it made again") from error
+                raise ValueError(
+                    f"{self._records}, line {number}: not a record; remove the line to have it made again"
+                ) from error
         return records
 
 
@@ -103,7 +105,10 @@ def _check_same(path: Path, config: dict[str, Any]) -> None:
         if there.get(field) != config.get(field)
     ]
     if differing:
-        raise ValueError(f"{path} belongs to a run with another configuration: {'; '.join(differing)}. Choose another folder with --out")
+        raise ValueError(
+            f"{path} belongs to a run with another configuration: {'; '.join(differing)}. "
+            "Choose another folder with --out"
+        )
 
 
 def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -125,5 +130,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise ValueError(f"the run folder {path} cannot be written: {error.strerror or error}") from error
     except SafetensorError as error:
         raise ValueError(
-            f"the run folder {path} cannot be written: {error}; what was recorded is kept: mend it and run the same command again"
+            f"the run folder {path} cannot be written: {error}; what was recorded is kept: mend it and run the same "
+            "command again"
         ) from error

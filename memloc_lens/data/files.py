@@ -39,7 +39,9 @@ def load_sequences(
     """
     if path is None:
         if model.cfg.model_name != EMBEDDED.name:
-            raise ValueError(f"only the embedded model has sequences of its own; give a data file for {model.cfg.model_name}")
+            raise ValueError(
+                f"only the embedded model has sequences of its own; give a data file for {model.cfg.model_name}"
+            )
         path = EMBEDDED / "sequences.jsonl"
     sequences = []
     for number, row in _read_lines(Path(path)):

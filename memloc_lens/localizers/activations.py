@@ -41,9 +41,9 @@ class Activations:
     def _score_batch(
         self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
     ) -> Float[Tensor, "batch layer neuron"]:
-        names = {post(layer) for layer in range(model.cfg.n_layers)}
-        _, cache = model.run_with_cache(tokens, return_type=None, names_filter=lambda name: name in names)
-        at_targets = [cache[post(layer)][:, prompt_len - 1 : -1].float() for layer in range(model.cfg.n_layers)]
+        names = [post(layer) for layer in range(model.cfg.n_layers)]
+        _, cache = model.run_with_cache(tokens, return_type=None, names_filter=names)
+        at_targets = [cache[name][:, prompt_len - 1 : -1].float() for name in names]
         activations = torch.stack(at_targets, dim=1)
         reduced = activations.mean(dim=2).abs() if self.reduction == "abs_mean" else activations.abs().mean(dim=2)
         return reduced * output_norms(model)

@@ -3,7 +3,9 @@
 Chang et al. (2024), eq. 6, after Dai et al. (2022) and Sundararajan et al. (2017). For target position t, the
 activations of layer l *at t alone* are scaled from nothing to their own value in m steps, both ends included:
 
-    score[l, i] = mean over t of post[l][t, i] * (1/m) * sum over a of  d p(x_{t+1} | x_<=t) / d post[l][t, i]  at a * post[l][t]
+    score[l, i] = mean over t of  post[l][t, i] * (1/m) * sum over a of  d p(x_{t+1} | x_<=t) / d post[l][t, i]
+
+where the derivative is taken at a * post[l][t].
 
 Written down directly that is one run of a prefix for every t. But what is changed at t alone reaches other
 positions only through attention from later positions, and the probability at t reads position t alone. So all

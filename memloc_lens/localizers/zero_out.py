@@ -79,7 +79,9 @@ def _residuals_without(
 def _residuals_by_masking(
     model: HookedTransformer, cache: ActivationCache, layer: int, neurons: Int[Tensor, " neuron"]
 ) -> Float[Tensor, "neuron pos d_model"]:
-    def zero_one_each(activations: Float[Tensor, "neuron pos d_mlp"], hook: object) -> Float[Tensor, "neuron pos d_mlp"]:
+    def zero_one_each(
+        activations: Float[Tensor, "neuron pos d_mlp"], hook: object
+    ) -> Float[Tensor, "neuron pos d_mlp"]:
         return activations.scatter(2, neurons[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
 
     before = cache["resid_pre", layer].expand(len(neurons), -1, -1)

@@ -31,9 +31,9 @@ def load_model(
     """Load a causal language model as a `HookedTransformer` whose weights are exactly the original's.
 
     Args:
-        name: nothing or `"embedded"` for the embedded model, a folder in transformers format, a `.gguf` file, or a name on the
-            hub such as `"gpt2-xl"` or `"EleutherAI/pythia-2.8b"`. A path never touches the network. A folder
-            without a tokenizer loads a model without one.
+        name: nothing or `"embedded"` for the embedded model, a folder in transformers format, a `.gguf` file, or a
+            name on the hub such as `"gpt2-xl"` or `"EleutherAI/pythia-2.8b"`. A path never touches the network. A
+            folder without a tokenizer loads a model without one.
         device: defaults to CUDA where there is one, else the CPU.
         dtype: of the weights and of all computation.
 
@@ -54,9 +54,7 @@ def load_model(
         return _convert(original, tokenizer, label, folder, device, dtype)
 
 
-def _read(
-    name: str | Path | None, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
+def _read(name: str | Path | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
     if name is None or name == EMBEDDED.name:
         return *_read_folder(EMBEDDED, dtype), "embedded"
     path = Path(name).expanduser()
@@ -71,16 +69,14 @@ def _read(
 
 def _possible_names() -> str:
     return (
-        "a model is one of: embedded (the one that comes with memloc_lens), a folder with config.json and model.safetensors "
-        "(transformers format), a .gguf file, or the name of a model on the hub, such as gpt2-xl"
+        "a model is one of: embedded (the one that comes with memloc_lens), a folder with config.json and "
+        "model.safetensors (transformers format), a .gguf file, or the name of a model on the hub, such as gpt2-xl"
     )
 
 
 def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"the folder {str(folder)!r} does not load: {error}") from error
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)

@@ -51,7 +51,9 @@ def measure(folder: Path = EMBEDDED) -> None:
     (folder / "CARD.md").write_text(_card(rows, training, perplexity(model, held_out), held_out.numel()))
 
 
-def _card(rows: list[dict[str, Any]], training: dict[str, Any], held_out_perplexity: float, held_out_tokens: int) -> str:
+def _card(
+    rows: list[dict[str, Any]], training: dict[str, Any], held_out_perplexity: float, held_out_tokens: int
+) -> str:
     recipe, curve = training["recipe"], training["loss_curve"]
     by_count: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:

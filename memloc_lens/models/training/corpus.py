@@ -40,9 +40,11 @@ CATEGORIES = {
     "interfaces": "cmd curses getopt idlelib optparse argparse tkinter turtle turtledemo",
     "system": "_pyio distutils fileinput filecmp glob io logging os pathlib platform posixpath ntpath shutil "
     "site sysconfig tarfile tempfile venv zipfile",
-    "testing": "bdb cProfile doctest faulthandler pdb profile pstats timeit trace traceback tracemalloc unittest warnings",
+    "testing": "bdb cProfile doctest faulthandler pdb profile pstats timeit trace traceback tracemalloc unittest "
+    "warnings",
     "numbers": "_pydecimal bisect calendar colorsys datetime decimal fractions heapq numbers random statistics",
-    "text": "codecs configparser csv difflib encodings gettext html json locale re shlex string stringprep textwrap tomllib xml",
+    "text": "codecs configparser csv difflib encodings gettext html json locale re shlex string stringprep textwrap "
+    "tomllib xml",
 }
 CATEGORY_OF_MODULE = {module: category for category, modules in CATEGORIES.items() for module in modules.split()}
 
@@ -66,7 +68,9 @@ class Passage:
 
 def read_chunks() -> list[Chunk]:
     """All prose of the standard library of the running Python, in a fixed order, without exact duplicates."""
-    chunks = [Chunk(text, "language") for topic in sorted(topics.topics) for text in _paragraph_groups(topics.topics[topic])]
+    chunks = [
+        Chunk(text, "language") for topic in sorted(topics.topics) for text in _paragraph_groups(topics.topics[topic])
+    ]
     library = Path(sysconfig.get_path("stdlib"))
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).parts
@@ -93,9 +97,9 @@ def _prose_of_source(path: Path) -> Iterator[str]:
     except UnicodeDecodeError:  # a few codec tables are written in other encodings, and hold no prose
         return
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if docstring := ast.get_docstring(node):
-                yield from _paragraph_groups(docstring)
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and (docstring := ast.get_docstring(node)):
+            yield from _paragraph_groups(docstring)
     for block in re.findall(r"(?:^[ \t]*#[^\n]*\n){3,}", source, re.MULTILINE):
         text = inspect.cleandoc(re.sub(r"^[ \t]*#[#:!]*", "", block, flags=re.MULTILINE))
         if _share_of_prose(text) > 0.75:

@@ -77,9 +77,7 @@ def train(recipe: Recipe) -> None:
         chunks, tokenizer, recipe.repeats, recipe.per_count, recipe.passage_length, recipe.seed
     )
     held_out, background = split_held_out(rest, tokenizer, recipe.held_out_tokens, recipe.seed)
-    rows = training_rows(
-        passages, background, tokenizer, recipe.steps * recipe.batch, recipe.context, recipe.seed
-    )
+    rows = training_rows(passages, background, tokenizer, recipe.steps * recipe.batch, recipe.context, recipe.seed)
     write_lines(recipe.out / "sequences.jsonl", [_row(n, passage, tokenizer) for n, passage in enumerate(passages)])
     write_lines(recipe.out / "held_out.jsonl", [{"text": text} for text in held_out])
 
@@ -95,7 +93,9 @@ def train(recipe: Recipe) -> None:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "background_tokens": sum(len(encoding.ids) for encoding in tokenizer.encode_batch([c.text for c in background])),
+        "background_tokens": sum(
+            len(encoding.ids) for encoding in tokenizer.encode_batch([c.text for c in background])
+        ),
         "seconds": round(time.perf_counter() - started),
         "loss_curve": curve,
     }
@@ -120,9 +120,7 @@ def _config(recipe: Recipe) -> GPT2Config:
 
 def _optimize(model: GPT2LMHeadModel, batches: tuple[torch.Tensor, ...], recipe: Recipe) -> list[dict[str, float]]:
     """Train on each batch once; the mean loss (nats) of every hundred steps comes back."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
     model.train()
     curve: list[dict[str, float]] = []

@@ -1,0 +1,123 @@
+"""Every localizer against its formula, on every architecture, and against captum, at float64."""
+
+import naive
+import pytest
+import torch
+from captum.attr import LayerIntegratedGradients
+from conftest import random_sequence
+
+from memloc_lens import Activations, HardConcrete, IntegratedGradients, Random, Slimming, WeightNorm, ZeroOut
+from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without
+
+
+def close(scores: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((scores - expected).norm() < tolerance * expected.norm())
+
+
+def test_zero_out(any_model, sequence):
+    assert close(ZeroOut(chunk=7)(any_model, sequence), naive.zero_out(any_model, sequence))
+
+
+@pytest.mark.parametrize("reduction", ["abs_mean", "mean_abs"])
+def test_activations(any_model, sequence, reduction):
+    assert close(Activations(reduction)(any_model, sequence), naive.activations(any_model, sequence, reduction))
+
+
+def test_integrated_gradients(any_model, sequence):
+    scores = IntegratedGradients(steps=5, chunk=2)(any_model, sequence)
+    assert close(scores, naive.integrated_gradients(any_model, sequence, steps=5))
+
+
+def test_integrated_gradients_by_captum(gpt2):
+    """Captum integrates one whole layer; with a single target at the end of the text the two must agree.
+
+    Captum's Riemann sum with n + 1 right-hand points leaves out one end, so both are taken at many steps.
+    """
+    sequence = random_sequence(length=9, prompt_len=8)
+    tokens = sequence.tokens[None]
+
+    def gold_probability(prefix: torch.Tensor) -> torch.Tensor:
+        logits = gpt2(prefix, return_type="logits")
+        return logits[:, -1].softmax(-1)[:, sequence.tokens[-1]]
+
+    layer = 1
+    attribution = LayerIntegratedGradients(gold_probability, gpt2.blocks[layer].mlp.hook_post)
+    clean = naive.post_activations(gpt2, sequence)[layer]
+    baseline = clean[None, :-1].clone()
+    baseline[:, -1] = 0
+    expected = attribution.attribute(tokens[:, :-1], baselines=baseline, n_steps=400, method="riemann_trapezoid")
+    scores = IntegratedGradients(steps=400)(gpt2, sequence)[layer]
+    assert close(scores, expected[0, -1], tolerance=2e-2)
+
+
+def test_integrated_gradients_add_up_to_the_probability_gained(gpt2):
+    """Completeness (Sundararajan et al., 2017): with many steps the scores of a layer sum to p(full) - p(zeroed)."""
+    sequence = random_sequence(length=9, prompt_len=8)
+    layer = 2
+
+    def probability(scale: float) -> torch.Tensor:
+        def hook(activations, hook):
+            activations[:, -2] *= scale
+            return activations
+
+        logits = gpt2.run_with_hooks(
+            sequence.tokens[None], return_type="logits", fwd_hooks=[(naive.hook_name(layer), hook)]
+        )
+        return logits[0, -2].softmax(-1)[sequence.tokens[-1]]
+
+    total = IntegratedGradients(steps=2000, chunk=500)(gpt2, sequence)[layer].sum()
+    assert total.item() == pytest.approx((probability(1.0) - probability(0.0)).item(), rel=1e-2)
+
+
+def test_zero_out_is_the_derivative_for_a_small_weight(gpt2, sequence):
+    """Finite differences: scaling a neuron by 1 - h changes the loss by about h times its first-order term."""
+    post = naive.post_activations(gpt2, sequence)[0, :, 3].requires_grad_(True)
+
+    def write(activations, hook):
+        return torch.cat([activations[..., :3], post[None, :, None], activations[..., 4:]], dim=-1)
+
+    loss = naive.suffix_loss(gpt2, sequence, [(naive.hook_name(0), write)])
+    (gradient,) = torch.autograd.grad(loss, post)
+    h = 1e-5
+
+    def shrink(activations, hook):
+        activations[..., 3] *= 1 - h
+        return activations
+
+    change = naive.suffix_loss(gpt2, sequence, [(naive.hook_name(0), shrink)]) - loss
+    assert change.item() == pytest.approx((-h * gradient * post).sum().item(), rel=1e-3)
+
+
+def test_slimming(any_model, sequence):
+    scores = Slimming(steps=12, lr=0.05, penalty=3.0, stop_loss=0)(any_model, sequence)
+    assert close(scores, naive.slimming(any_model, sequence, steps=12, lr=0.05, penalty=3.0))
+
+
+def test_hard_concrete(any_model, sequence):
+    settings = dict(steps=12, lr=0.05, penalty=3.0, init=0.7, temperature=0.5, seed=3)
+    scores = HardConcrete(**settings, stop_loss=0)(any_model, sequence)
+    assert close(scores, naive.hard_concrete(any_model, sequence, **settings))
+
+
+def test_weight_norm(any_model, sequence):
+    expected = torch.tensor(
+        [[block.mlp.W_out[neuron].norm().item() for neuron in range(any_model.cfg.d_mlp)] for block in any_model.blocks]
+    )
+    assert close(WeightNorm()(any_model, sequence), expected)
+
+
+def test_random_is_uniform_and_seeded(gpt2, sequence):
+    scores = Random(seed=1)(gpt2, sequence)
+    assert torch.equal(scores, Random(seed=1)(gpt2, sequence))
+    assert not torch.equal(scores, Random(seed=2)(gpt2, sequence))
+    assert not torch.equal(scores, Random(seed=1)(gpt2, random_sequence(seed=5)))
+    assert scores.mean().item() == pytest.approx(0.5, abs=0.06)
+    assert 0 <= scores.min() < scores.max() < 1
+
+
+def test_zero_out_by_masking_is_the_rank_one_form(gpt2, sequence):
+    """The form for models with a norm after the MLP must agree where both hold."""
+    _, cache = gpt2.run_with_cache(sequence.tokens[None])
+    neurons = torch.tensor([0, 5, 9])
+    by_rank_one = _residuals_without(gpt2, cache, 1, neurons)
+    assert torch.allclose(_residuals_by_masking(gpt2, cache, 1, neurons), by_rank_one, atol=1e-12)
