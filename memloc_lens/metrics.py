@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.forward import final_residual, target_logits, target_loss
+from memloc_lens.models import generates_with_cache
 from memloc_lens.sequence import MemorizedSequence, decode, equal_length_batches
 
 Predictions = list[Int[Tensor, " suffix"]]
@@ -53,6 +54,7 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
             max_new_tokens=tokens.shape[1] - prompt_len,
             do_sample=False,
             stop_at_eos=False,
+            use_past_kv_cache=generates_with_cache(model),
             prepend_bos=False,
             verbose=False,
         )

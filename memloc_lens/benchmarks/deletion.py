@@ -41,7 +41,6 @@ from memloc_lens.localizers import (
     IntegratedGradients,
     Random,
     Slimming,
-    WeightNorm,
     ZeroOut,
 )
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
@@ -106,12 +105,11 @@ class Settings:
     zero_out: ZeroOut = field(default_factory=ZeroOut)
     integrated_gradients: IntegratedGradients = field(default_factory=IntegratedGradients)
     activations: Activations = field(default_factory=Activations)
-    weight_norm: WeightNorm = field(default_factory=WeightNorm)
     random: Random = field(default_factory=Random)
 
     def localizer(self, method: str) -> Any:
         """The localizer of a method, with the run's `first_layer` where it has one."""
-        localizer = getattr(self, method.replace("-", "_"))
+        localizer = getattr(self, method.replace("-", "_"), None) or LOCALIZERS[method]()
         has_first_layer = any(entry.name == "first_layer" for entry in fields(localizer))
         return replace(localizer, first_layer=self.first_layer) if has_first_layer else localizer
 

@@ -6,9 +6,12 @@
    centring anything: a row of `W_out` is then the row of the original model, and so are its norms and gradients.
 """
 
+import functools
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformer_lens import HookedTransformer
@@ -132,4 +135,23 @@ def _convert(
     model.load_and_process_state_dict(
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
+    if not generates_with_cache(model):
+        vars(model)["generate"] = _without_cache(model.generate)
     return model.to(device, print_details=False).eval()
+
+
+def generates_with_cache(model: HookedTransformer) -> bool:
+    """Whether the key-value cache can be trusted in `model.generate`.
+
+    TransformerLens 3.9 miscounts positions when it generates from tokens with its cache, has no tokenizer to make
+    an attention mask with, and position embeddings are learned; the tokens are then wrong without a warning.
+    """
+    return model.tokenizer is not None or model.cfg.positional_embedding_type != "standard"
+
+
+def _without_cache(generate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(generate)
+    def uncached(*args: Any, use_past_kv_cache: bool = False, **options: Any) -> Any:
+        return generate(*args, use_past_kv_cache=False, **options)
+
+    return uncached

@@ -3,7 +3,7 @@
 import naive
 import pytest
 import torch
-from captum.attr import LayerIntegratedGradients
+from captum.attr import IntegratedGradients as CaptumIntegratedGradients
 from conftest import random_sequence
 
 from memloc_lens import Activations, HardConcrete, IntegratedGradients, Random, Slimming, WeightNorm, ZeroOut
@@ -29,25 +29,24 @@ def test_integrated_gradients(any_model, sequence):
 
 
 def test_integrated_gradients_by_captum(gpt2):
-    """Captum integrates one whole layer; with a single target at the end of the text the two must agree.
-
-    Captum's Riemann sum with n + 1 right-hand points leaves out one end, so both are taken at many steps.
-    """
+    """Captum integrates the activations of the last position; with one target the two must agree in the limit."""
     sequence = random_sequence(length=9, prompt_len=8)
-    tokens = sequence.tokens[None]
+    prefix, layer, steps = sequence.tokens[None, :-1], 1, 500
 
-    def gold_probability(prefix: torch.Tensor) -> torch.Tensor:
-        logits = gpt2(prefix, return_type="logits")
+    def gold_probability(values: torch.Tensor) -> torch.Tensor:
+        def write(activations, hook):
+            return torch.cat([activations[:, :-1], values[:, None]], dim=1)
+
+        logits = gpt2.run_with_hooks(
+            prefix.expand(len(values), -1), return_type="logits", fwd_hooks=[(naive.hook_name(layer), write)]
+        )
         return logits[:, -1].softmax(-1)[:, sequence.tokens[-1]]
 
-    layer = 1
-    attribution = LayerIntegratedGradients(gold_probability, gpt2.blocks[layer].mlp.hook_post)
-    clean = naive.post_activations(gpt2, sequence)[layer]
-    baseline = clean[None, :-1].clone()
-    baseline[:, -1] = 0
-    expected = attribution.attribute(tokens[:, :-1], baselines=baseline, n_steps=400, method="riemann_trapezoid")
-    scores = IntegratedGradients(steps=400)(gpt2, sequence)[layer]
-    assert close(scores, expected[0, -1], tolerance=2e-2)
+    clean = naive.post_activations(gpt2, sequence)[layer, -2:-1]
+    expected = CaptumIntegratedGradients(gold_probability).attribute(
+        clean, n_steps=steps, method="riemann_trapezoid", internal_batch_size=100
+    )
+    assert close(IntegratedGradients(steps, chunk=100)(gpt2, sequence)[layer], expected[0], tolerance=1e-2)
 
 
 def test_integrated_gradients_add_up_to_the_probability_gained(gpt2):

@@ -20,7 +20,7 @@ from memloc_lens import (
 
 FAST = [
     HardConcrete(steps=11, lr=0.1, stop_loss=0),
-    Slimming(steps=11, lr=0.1, stop_loss=0),
+    Slimming(steps=11, lr=0.02, stop_loss=0),
     ZeroOut(),
     IntegratedGradients(steps=3),
     Activations(),

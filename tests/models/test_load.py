@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, make_original
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, XGLMConfig, XGLMForCausalLM
 
 from memloc_lens import load_model
 from memloc_lens.models import EMBEDDED
@@ -30,7 +30,7 @@ def test_the_embedded_model_is_that_of_transformers(embedded):
     tokens = torch.randint(4096, (2, 100), generator=torch.Generator().manual_seed(1))
     assert torch.allclose(embedded(tokens, return_type="logits"), original(tokens).logits, atol=1e-4)
     text = "Return the number"
-    assert embedded.to_tokens(text).tolist() == [embedded.tokenizer(text)["input_ids"]]
+    assert embedded.to_tokens(text).tolist() == [embedded.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def test_dtype(folder):
@@ -65,7 +65,7 @@ def write_gguf(gguf, original, path):
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(VOCAB)
-    tokens = ["<|endoftext|>", *(chr(33 + place) for place in range(VOCAB - 1))]
+    tokens = ["<|endoftext|>", "!!", *(chr(33 + place) for place in range(VOCAB - 2))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, *[1] * (VOCAB - 1)])
@@ -137,11 +137,9 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_an_architecture_without_hooked_transformer_is_one_error(tmp_path):
-    from transformers import RwkvConfig, RwkvForCausalLM
-
-    config = RwkvConfig(vocab_size=20, context_length=8, hidden_size=8, num_hidden_layers=1)
-    RwkvForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="RwkvForCausalLM has no HookedTransformer"):
+    config = XGLMConfig(vocab_size=20, d_model=8, ffn_dim=8, num_layers=1, attention_heads=2)
+    XGLMForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="XGLMForCausalLM has no HookedTransformer"):
         load_model(tmp_path)
 
 
