@@ -28,10 +28,10 @@ def post(layer: int) -> str:
 @contextmanager
 def ablate(
     model: HookedTransformer,
-    neurons: Neurons,
+    neurons: Neurons | Sequence[Neurons],
     kind: Literal["zero", "mean", "scale"] = "zero",
     *,
-    over: Sequence[MemorizedSequence] = (),
+    over: Sequence[MemorizedSequence] | Float[Tensor, "layer neuron"] = (),
     factor: float = 0.5,
 ) -> Iterator[None]:
     """Ablate neurons at every position, in forward passes, gradients and every step of generation.
@@ -40,9 +40,10 @@ def ablate(
 
     Args:
         model: its weights stay as they are.
-        neurons: the set to ablate.
+        neurons: the set to ablate; or a list, with another set for each row of the batches that are run inside.
         kind: set the activations to zero, to their mean over the text `over`, or multiply them by `factor`.
-        over: the sequences whose positions the mean is taken over; needed for `"mean"` alone.
+        over: the sequences whose positions the mean is taken over, or what `mean_activations` gave for them;
+            needed for `"mean"` alone.
         factor: for `"scale"` alone.
 
     Raises:
@@ -52,12 +53,14 @@ def ablate(
         >>> with ablate(model, neurons):
         ...     model.generate(sequence.prompt, max_new_tokens=48)
     """
-    _check_shape(model, neurons.members)
+    all_members = neurons.members if isinstance(neurons, Neurons) else torch.stack([row.members for row in neurons])
+    _check_shape(model, all_members)
     if kind == "mean":
-        means = mean_activations(model, over)
+        means = over if isinstance(over, Tensor) else mean_activations(model, over)
     hooks: list[tuple[str, Hook]] = []
-    for layer in neurons.members.any(dim=1).nonzero().flatten().tolist():
-        members = neurons.members[layer]
+    for layer, members in enumerate(all_members.unbind(dim=-2)):
+        if not members.any():
+            continue
         if kind == "zero":
             hooks.append((post(layer), _replacing(members, torch.zeros(()))))
         elif kind == "mean":
@@ -111,7 +114,7 @@ def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequ
 
 def _replacing(members: Tensor, value: Tensor) -> Hook:
     def hook(activations: Tensor, hook: HookPoint) -> Tensor:
-        return torch.where(members.to(activations.device), value.to(activations), activations)
+        return torch.where(members.to(activations.device).unsqueeze(-2), value.to(activations), activations)
 
     return hook
 

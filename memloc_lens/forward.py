@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
 
+LOGITS_AT_ONCE = {True: 2**22, False: 2**28}
+"""Logits that are held at a time, on a CPU and elsewhere."""
+
 
 def final_residual(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
     """The residual stream after the last layer, before the final norm."""
@@ -30,10 +33,19 @@ def target_loss(
     tokens: Int[Tensor, "batch pos"],
     prompt_len: int,
 ) -> Float[Tensor, " batch"]:
-    """Suffix loss of each row: mean over the suffix of -log p(token | all before it), in nats, in float32."""
-    logits = target_logits(model, residual, prompt_len).float()
-    suffix = tokens[:, prompt_len:].to(logits.device)
-    return cross_entropy(logits.transpose(1, 2), suffix, reduction="none").mean(dim=1)
+    """Suffix loss of each row: mean over the suffix of -log p(token | all before it), in nats, in float32.
+
+    Rows are unembedded a few at a time: logits are by far the largest tensor of a forward pass, and on a processor
+    those that leave its cache cost more than the product that makes them.
+    """
+    suffix = tokens[:, prompt_len:].to(residual.device)
+    at_once = LOGITS_AT_ONCE[residual.device.type == "cpu"] // (suffix.shape[1] * model.cfg.d_vocab)
+    losses = []
+    for rows, gold in zip(residual.split(max(at_once, 1)), suffix.split(max(at_once, 1)), strict=True):
+        logits = target_logits(model, rows, prompt_len).float()
+        # flattened, since cross_entropy wants classes second and would copy transposed logits
+        losses.append(cross_entropy(logits.flatten(0, 1), gold.flatten(), reduction="none").view(gold.shape))
+    return torch.cat(losses).mean(dim=1)
 
 
 @contextmanager

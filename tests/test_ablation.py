@@ -103,6 +103,18 @@ def test_the_model_is_clean_afterwards_whatever_happens(gpt2, kinds, fails, seed
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["zero", "mean", "scale"])
+def test_a_list_ablates_another_set_in_each_row(gpt2, sequence, kind):
+    sets = [some_neurons(gpt2, seed=seed) for seed in range(3)]
+    over = mean_activations(gpt2, [random_sequence(7)])
+    with ablate(gpt2, sets, kind, over=over):
+        together = gpt2(sequence.tokens.expand(3, -1))
+    for logits, neurons in zip(together, sets, strict=True):
+        with ablate(gpt2, neurons, kind, over=[random_sequence(7)]):
+            assert torch.allclose(gpt2(sequence.tokens[None])[0], logits, atol=1e-12)
+
+
+@torch.no_grad()
 def test_masks_differ_by_row(gpt2, sequence):
     sets = [some_neurons(gpt2, seed=seed) for seed in range(3)]
     rows = torch.stack([(~neurons.members).double() for neurons in sets])

@@ -18,10 +18,11 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -30,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
-from memloc_lens.ablation import ablate
+from memloc_lens.ablation import ablate, mean_activations
 from memloc_lens.benchmarks.records import RunFolder
 from memloc_lens.benchmarks.statistics import summarize
 from memloc_lens.data import load_sequences, load_texts
@@ -47,7 +48,7 @@ from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teach
 from memloc_lens.models import EMBEDDED, load_model
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
 from memloc_lens.report.table import print_table
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 Method = Literal[
     "hard-concrete", "slimming", "zero-out", "integrated-gradients", "activations", "weight-norm", "random"
@@ -68,21 +69,21 @@ class Settings:
     """The model: "embedded", a folder in transformers format, a .gguf file or a name on the hub."""
     data: Path | None = None
     """Memorized sequences as JSON lines with "all" and "prompt_len"; left out: the embedded model's own."""
-    methods: tuple[Method, ...] = tuple(LOCALIZERS)  # type: ignore[assignment]
+    methods: tuple[Method, ...] = get_args(Method)
     """Localizers to compare."""
     ratios: tuple[float, ...] = ()
     """Shares of every layer's neurons to drop. Left out: 0.01 0.05 0.1 for the embedded model, whose layers are
     narrow, 0.001 0.005 (the paper's) for others."""
-    limit: int = 12
-    """Target sequences, the first of the data; 0 takes all."""
-    negatives: int = 48
+    limit: int = 8
+    """Target sequences, the first of the data; 0 takes all. As many as two processor cores do in a few minutes."""
+    negatives: int = 32
     """Other memorized sequences that the damage is measured on, drawn once from all; 0 takes all."""
-    controls: int = 24
+    controls: int = 16
     """Control sequences that the damage is measured on, where the data has any; 0 takes all."""
     text: Path | None = None
     """Unrelated text for the perplexity: a text file, or JSON lines with "text"; left out: the embedded model's
     held-out text, which is prose about Python."""
-    text_tokens: int = 2048
+    text_tokens: int = 1024
     """Tokens of that text to use."""
     out: Path = Path("runs/del")
     """Folder of the run. A run that was stopped goes on where it was when started again with the same settings."""
@@ -123,6 +124,8 @@ class Material:
     others: list[MemorizedSequence]
     controls: list[MemorizedSequence]
     text: Int[Tensor, "row pos"] | None
+    means: Float[Tensor, "layer neuron"] | None
+    """Mean activations over the text, where dropped neurons are set to them."""
 
     def negatives(self, target: MemorizedSequence) -> list[MemorizedSequence]:
         """The other memorized sequences without the target itself."""
@@ -165,20 +168,23 @@ def run(settings: Settings) -> dict[str, Any]:
     _check_space(settings, material)
 
     everyone = {sequence.id: sequence for sequence in material.targets + material.others + material.controls}
-    before = _state(settings, material, material.targets, list(everyone.values()))
+    forced, text_perplexity = _state(settings, material, list(everyone.values()))
+    generated = free_running(material.model, material.targets, settings.batch)
+    before = State(forced, _recall(material.model, material.targets, generated), text_perplexity)
     total = len(material.targets) * len(settings.methods) * len(settings.ratios)
     with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
-        for target, method, scores, seconds in _localize(settings, material, folder, progress):
-            for ratio in settings.ratios:
-                if (target.id, method, ratio) not in folder:
-                    neurons = top_neurons(scores, ratio, settings.first_layer, settings.scope)
-                    folder.append(_record(settings, material, before, target, method, ratio, neurons, seconds))
+        for cases in _localize(settings, material, folder, progress):
+            free = _free_recall(settings, material, cases)
+            for case, recalled in zip(cases, free, strict=True):
+                if case.key not in folder:
+                    folder.append(_record(settings, material, before, case, recalled))
                     progress.update()
     earlier = [{"method": "before", "ratio": 0.0} | _metrics(material, target, before) for target in material.targets]
     summary = {
         "benchmark": "del",
         "model": settings.model,
         "sequences": len(material.targets),
+        "scope": settings.scope,
         "before": summarize(earlier, METRICS)["before"]["0.0"],
         "methods": summarize(folder.records, METRICS),
     }
@@ -217,10 +223,12 @@ def _material(settings: Settings) -> Material:
     controls = load_sequences(model, settings.data, split="control")
     if len({sequence.id for sequence in memorized + controls}) < len(memorized + controls):
         raise ValueError(f"two sequences of {settings.data} share an id; every record needs its own")
-    text = None
+    text = means = None
     if model.tokenizer is not None:
         text = text_rows(model, load_texts(settings.text or EMBEDDED / "held_out.jsonl"), settings.text_tokens)
-    elif settings.text or settings.ablation == "mean":
+    if settings.ablation == "mean" and text is not None:
+        means = mean_activations(model, [MemorizedSequence(row, 1) for row in text])
+    if text is None and (settings.text or settings.ablation == "mean"):
         raise ValueError(
             f"{settings.model} has no tokenizer to read text with, for the perplexity or the mean ablation"
         )
@@ -230,6 +238,7 @@ def _material(settings: Settings) -> Material:
         others=_draw(memorized, settings.negatives, settings.seed),
         controls=_draw(controls, settings.controls, settings.seed),
         text=text,
+        means=means,
     )
 
 
@@ -266,10 +275,24 @@ def _check_space(settings: Settings, material: Material) -> None:
         )
 
 
-def _localize(
-    settings: Settings, material: Material, folder: RunFolder, progress: tqdm
-) -> Iterator[tuple[MemorizedSequence, str, Float[Tensor, "layer neuron"], float]]:
-    """Each target with each method's scores, and the seconds they took.
+@dataclass(frozen=True)
+class Case:
+    """One record to be: the neurons that a method located for a target at a ratio."""
+
+    target: MemorizedSequence
+    method: str
+    ratio: float
+    neurons: Neurons
+    localize_seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, float]:
+        """What the record is found by."""
+        return self.target.id, self.method, self.ratio
+
+
+def _localize(settings: Settings, material: Material, folder: RunFolder, progress: tqdm) -> Iterator[list[Case]]:
+    """The cases of a batch of targets and a method, for all that are not yet recorded.
 
     Batches are the same in every run, so that a run that goes on gets the scores it would have had.
     """
@@ -288,34 +311,36 @@ def _localize(
                 return {"scores": scores, "seconds_each": torch.tensor(seconds)}
 
             kept = folder.scores(f"{method}-{start:05d}", compute)
-            for target, scores in zip(batch, kept["scores"], strict=True):
-                yield target, method, scores, round(kept["seconds_each"].item(), 3)
+            seconds = round(kept["seconds_each"].item(), 3)
+            yield [
+                Case(target, method, ratio, top_neurons(scores, ratio, settings.first_layer, settings.scope), seconds)
+                for target, scores in zip(batch, kept["scores"], strict=True)
+                for ratio in settings.ratios
+            ]
 
 
 def _record(
-    settings: Settings,
-    material: Material,
-    before: "State",
-    target: MemorizedSequence,
-    method: str,
-    ratio: float,
-    neurons: Neurons,
-    localize_seconds: float,
+    settings: Settings, material: Material, before: "State", case: Case, free: dict[str, float]
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    text = [] if material.text is None else [MemorizedSequence(row, 1) for row in material.text]
-    with ablate(material.model, neurons, settings.ablation, over=text):
-        after = _state(settings, material, [target], [target, *material.negatives(target), *material.controls])
+    target = case.target
+    with _ablated(settings, material, case.neurons):
+        forced, text_perplexity = _state(settings, material, [target, *material.negatives(target), *material.controls])
+    after = State(forced, {target.id: free}, text_perplexity)
     metrics, earlier = _metrics(material, target, after), _metrics(material, target, before)
     return {
         "sequence": target.id,
-        "method": method,
-        "ratio": ratio,
-        "neurons": len(neurons),
+        "method": case.method,
+        "ratio": case.ratio,
+        "neurons": len(case.neurons),
         **{metric: round(metrics[metric] - earlier[metric], 6) for metric in metrics},
-        "localize_seconds": localize_seconds,
+        "localize_seconds": case.localize_seconds,
         "evaluate_seconds": round(time.perf_counter() - started, 3),
     }
+
+
+def _ablated(settings: Settings, material: Material, neurons: Neurons | list[Neurons]) -> AbstractContextManager[None]:
+    return ablate(material.model, neurons, settings.ablation, over=() if material.means is None else material.means)
 
 
 Recall = dict[str, dict[str, float]]
@@ -331,15 +356,24 @@ class State:
     perplexity: float | None
 
 
-def _state(
-    settings: Settings, material: Material, targets: list[MemorizedSequence], everyone: list[MemorizedSequence]
-) -> State:
+def _state(settings: Settings, material: Material, everyone: list[MemorizedSequence]) -> tuple[Recall, float | None]:
+    """Teacher-forced recall of all, and the perplexity of the text, under whatever ablation is open."""
     model = material.model
-    return State(
-        forced=_recall(model, everyone, teacher_forced(model, everyone, settings.batch)),
-        free=_recall(model, targets, free_running(model, targets, settings.batch)),
-        perplexity=None if material.text is None else perplexity(model, material.text, settings.batch),
-    )
+    forced = _recall(model, everyone, teacher_forced(model, everyone, settings.batch))
+    return forced, None if material.text is None else perplexity(model, material.text, settings.batch)
+
+
+def _free_recall(settings: Settings, material: Material, cases: list[Case]) -> list[dict[str, float]]:
+    """Free-running recall of each case's target, generated side by side with other neurons ablated in each row."""
+    recalled: list[dict[str, float]] = [{}] * len(cases)
+    targets = [case.target for case in cases]
+    for places, _, _ in equal_length_batches(targets, settings.batch):
+        rows = [targets[place] for place in places]
+        with _ablated(settings, material, [cases[place].neurons for place in places]):
+            generated = free_running(material.model, rows, batch=len(rows))
+        for place, target, suffix in zip(places, rows, generated, strict=True):
+            recalled[place] = _recall(material.model, [target], [suffix])[target.id]
+    return recalled
 
 
 def _recall(

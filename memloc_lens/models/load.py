@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
+from torch.nn.functional import gelu
 from transformer_lens import HookedTransformer
 from transformer_lens.loading_from_pretrained import (
     get_official_model_name,
@@ -135,9 +137,36 @@ def _convert(
     model.load_and_process_state_dict(
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
+    _fuse_gelu(model)
+    _lay_out(model)
     if not generates_with_cache(model):
         vars(model)["generate"] = _without_cache(model.generate)
     return model.to(device, print_details=False).eval()
+
+
+def _fuse_gelu(model: HookedTransformer) -> None:
+    """Replace TransformerLens' GELU in eight elementwise steps by torch's one, the same function."""
+    if model.cfg.act_fn == "gelu_new":
+        for block in model.blocks:
+            block.mlp.act_fn = functools.partial(gelu, approximate="tanh")
+
+
+def _lay_out(model: HookedTransformer) -> None:
+    """Store the weights in the order in which TransformerLens multiplies by them; their shapes and values stay.
+
+    Its forward pass makes these orders contiguous at every call, which is a copy of the weight unless it is so.
+    """
+    grouped = "_" if model.cfg.n_key_value_heads else ""  # how the names of shared keys and values start
+    stored = [(model.unembed, "W_U", "d_model d_vocab -> d_vocab d_model")]
+    for block in model.blocks:
+        for name in ("W_Q", f"{grouped}W_K", f"{grouped}W_V"):
+            stored.append((block.attn, name, "head d_model d_head -> head d_head d_model"))
+        stored.append((block.attn, "W_O", "head d_head d_model -> d_model head d_head"))
+        if model.cfg.gated_mlp:
+            stored += [(block.mlp, name, "input output -> output input") for name in ("W_gate", "W_in", "W_out")]
+    for module, name, order in stored:
+        weight, (shape, storage) = getattr(module, name), order.split(" -> ")
+        weight.data = rearrange(rearrange(weight.data, order).contiguous(), f"{storage} -> {shape}")
 
 
 def generates_with_cache(model: HookedTransformer) -> bool:

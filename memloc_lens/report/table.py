@@ -36,12 +36,8 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
     for ratio in ratios:
         rows = {method: cells[ratio] for method, cells in summary["methods"].items() if ratio in cells}
         columns = [metric for metric in COLUMNS if any(metric in cells for cells in rows.values())]
-        table = Table(
-            title=f"{100 * float(ratio):g}% of each layer's neurons"
-            if summary.get("scope") != "global"
-            else f"{100 * float(ratio):g}% of all neurons",
-            title_justify="left",
-        )
+        share = "all" if summary["scope"] == "global" else "each layer's"
+        table = Table(title=f"{100 * float(ratio):g}% of {share} neurons", title_justify="left")
         table.add_column("method")
         for metric in columns:
             table.add_column(COLUMNS[metric][0], justify="right")

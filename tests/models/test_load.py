@@ -33,6 +33,25 @@ def test_the_embedded_model_is_that_of_transformers(embedded):
     assert embedded.to_tokens(text).tolist() == [embedded.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+@torch.no_grad()
+def test_a_forward_pass_copies_no_weight(folder):
+    """TransformerLens would make weights contiguous in another order at every call."""
+    model = load_model(folder, device="cpu")
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    multiplied = []
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        multiplied.append(weight.untyped_storage().data_ptr() in weights)
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", watched)
+        model(torch.tensor([[1, 2, 3]]))
+    assert all(multiplied)
+    assert len(multiplied) >= 4 * model.cfg.n_layers + 1
+
+
 def test_dtype(folder):
     model = load_model(folder, device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -13,6 +13,7 @@ def test_best_of_each_column_is_marked():
     summary = {
         "model": "m",
         "sequences": 4,
+        "scope": "layer",
         "before": {"self_acc": cell(99.0), "neg_acc": cell(98.0)},
         "methods": {
             "strong": {"0.05": {"self_acc": cell(-40.0), "neg_acc": cell(-9.0)}},

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 PROMPT_LENGTH = 32  # tokens of a passage that are given when it is to be recalled, as in the paper
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip", "pydoc_data", "__phello__"}
 CATEGORIES = {
@@ -97,8 +98,7 @@ def _prose_of_source(path: Path) -> Iterator[str]:
     except UnicodeDecodeError:  # a few codec tables are written in other encodings, and hold no prose
         return
     for node in ast.walk(ast.parse(source)):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
-        if documented and (docstring := ast.get_docstring(node)):
+        if isinstance(node, DOCUMENTED) and (docstring := ast.get_docstring(node)):
             yield from _paragraph_groups(docstring)
     for block in re.findall(r"(?:^[ \t]*#[^\n]*\n){3,}", source, re.MULTILINE):
         text = inspect.cleandoc(re.sub(r"^[ \t]*#[#:!]*", "", block, flags=re.MULTILINE))
