@@ -1,7 +1,8 @@
 """Which neurons hold a sequence that a language model has memorized, and what happens when they are switched off?"""
 
 from memloc_lens.ablation import ablate, mask, mean_activations
-from memloc_lens.data import load_sequences
+from memloc_lens.data import load_definitions, load_sequences
+from memloc_lens.injection import Injection, inject
 from memloc_lens.localizers import (
     LOCALIZERS,
     Activations,
@@ -20,6 +21,7 @@ __all__ = [
     "LOCALIZERS",
     "Activations",
     "HardConcrete",
+    "Injection",
     "IntegratedGradients",
     "MemorizedSequence",
     "Neurons",
@@ -28,6 +30,8 @@ __all__ = [
     "WeightNorm",
     "ZeroOut",
     "ablate",
+    "inject",
+    "load_definitions",
     "load_model",
     "load_sequences",
     "mask",

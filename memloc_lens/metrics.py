@@ -1,20 +1,24 @@
-"""What a model recalls of a sequence, and how well it predicts other text.
+"""What a model recalls of a sequence, how well it predicts other text, and how well scores find known neurons.
 
 Predictions come first, `teacher_forced` or `free_running`; `suffix_accuracy` and `text_distance` then compare
-them with the truth. All functions act under whatever ablation is open.
+them with the truth. These functions act under whatever ablation is open. `recall` and what follows it need no
+model: they compare scores, or the neurons chosen by them, with the gold set of an injection.
 """
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from rapidfuzz.distance import Levenshtein
+from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.forward import final_residual, target_logits, target_loss
 from memloc_lens.models import generates_with_cache
+from memloc_lens.neurons import Neurons, neurons_taken
 from memloc_lens.sequence import MemorizedSequence, decode, equal_length_batches
 
 Predictions = list[Int[Tensor, " suffix"]]
@@ -139,3 +143,46 @@ def text_rows(model: HookedTransformer, texts: Sequence[str], tokens: int, lengt
     if rows == 0:
         raise ValueError(f"{min(len(stream), tokens)} tokens of text do not fill one row of {length}; give more text")
     return torch.tensor(stream[: rows * length]).view(rows, length)
+
+
+def recall(gold: Neurons, predicted: Neurons) -> float:
+    """The share of the gold neurons that are among the predicted, in points (Chang et al., 2024, eq. 4).
+
+    Raises:
+        ValueError: if there is no gold neuron, or the sets are of models of different shape.
+    """
+    return 100 * len(gold & predicted) / _count(gold)
+
+
+def recall_ceiling(gold: Neurons, ratio: float, scope: Literal["layer", "global"] = "layer") -> float:
+    """The recall of perfect scores when `top_neurons` takes a share of the neurons, in points.
+
+    Gold neurons are drawn across all layers, so that some layers have more of them than their share: at a ratio
+    equal to that of the injection even perfect scores miss some of these.
+
+    Args:
+        gold: at least one neuron.
+        ratio: share that is taken, to the nearest number.
+        scope: the share of every layer, or of all layers together.
+    """
+    in_layers = gold.members.sum(dim=1) if scope == "layer" else gold.members.sum().view(1)
+    taken = neurons_taken(ratio, gold.members.numel() // len(in_layers), "nearest")
+    return 100 * in_layers.clamp(max=taken).sum().item() / _count(gold)
+
+
+def auroc(scores: Float[Tensor, "layer neuron"], gold: Neurons) -> float:
+    """The probability that a gold neuron scores above another, in [0, 1]; 0.5 is chance, and a tie counts half."""
+    _count(gold)
+    return float(roc_auc_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
+
+
+def average_precision(scores: Float[Tensor, "layer neuron"], gold: Neurons) -> float:
+    """Precision at each gold neuron's score, averaged over them, in [0, 1]; chance is the gold share."""
+    _count(gold)
+    return float(average_precision_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
+
+
+def _count(gold: Neurons) -> int:
+    if not 0 < len(gold) < gold.members.numel():
+        raise ValueError(f"{len(gold)} of {gold.members.numel()} neurons are gold; there must be some, and others")
+    return len(gold)

@@ -7,10 +7,14 @@ from conftest import random_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memloc_lens import MemorizedSequence
+from memloc_lens import MemorizedSequence, Neurons, top_neurons
 from memloc_lens.metrics import (
+    auroc,
+    average_precision,
     free_running,
     perplexity,
+    recall,
+    recall_ceiling,
     suffix_accuracy,
     suffix_loss,
     teacher_forced,
@@ -84,3 +88,33 @@ def test_text_rows(embedded):
     )
     with pytest.raises(ValueError, match="do not fill one row of 128"):
         text_rows(embedded, ["Return"], tokens=500)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 11))
+def test_finding_known_neurons(seed, count):
+    draw = torch.Generator().manual_seed(seed)
+    members = torch.zeros(12, dtype=torch.bool)
+    members[torch.randperm(12, generator=draw)[:count]] = True
+    gold = Neurons(members.view(3, 4))
+    scores = torch.randint(4, (3, 4), generator=draw).float()
+    pairs = [(a, b) for a in scores[gold.members].tolist() for b in scores[~gold.members].tolist()]
+    expected = sum((a > b) + (a == b) / 2 for a, b in pairs) / len(pairs)
+    assert auroc(scores, gold) == pytest.approx(expected)
+
+    precisions = []
+    for value in scores[gold.members].tolist():
+        above = scores >= value
+        precisions.append((above & gold.members).sum().item() / above.sum().item())
+    assert average_precision(scores, gold) == pytest.approx(sum(precisions) / count)
+
+    for scope, ratio in (("layer", 0.25), ("layer", 0.5), ("global", 0.25), ("global", 1.0)):
+        ceiling = recall_ceiling(gold, ratio, scope)
+        perfect = top_neurons(gold.members.float(), ratio, scope=scope, rounding="nearest")
+        assert recall(gold, perfect) == ceiling
+        assert recall(gold, top_neurons(scores, ratio, scope=scope, rounding="nearest")) <= ceiling
+
+
+@pytest.mark.parametrize("members", [torch.zeros(2, 3, dtype=torch.bool), torch.ones(2, 3, dtype=torch.bool)])
+def test_without_gold_or_others_there_is_nothing_to_find(members):
+    with pytest.raises(ValueError, match="of 6 neurons are gold"):
+        auroc(torch.rand(2, 3), Neurons(members))

@@ -11,21 +11,16 @@ Chang et al. (2024), sec. 3.2. For each target sequence and method:
 A good localizer lowers self accuracy and leaves the rest alone.
 """
 
-import hashlib
 import random
-import shutil
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import version
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-import tyro
 from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
@@ -33,26 +28,14 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate, mean_activations
 from memloc_lens.benchmarks.records import RunFolder
+from memloc_lens.benchmarks.runner import RunSettings, check, check_ids, command_line, open_folder, published
 from memloc_lens.benchmarks.statistics import summarize
 from memloc_lens.data import load_sequences, load_texts
-from memloc_lens.localizers import (
-    LOCALIZERS,
-    Activations,
-    HardConcrete,
-    IntegratedGradients,
-    Random,
-    Slimming,
-    ZeroOut,
-)
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
-from memloc_lens.models import EMBEDDED, load_model
+from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
-from memloc_lens.report.table import print_table
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
-Method = Literal[
-    "hard-concrete", "slimming", "zero-out", "integrated-gradients", "activations", "weight-norm", "random"
-]
 GROUPS = ("neg", "neg_related", "neg_unrelated", "control")
 METRICS = (
     *(f"{group}_{measure}" for group in ("self", "self_free", *GROUPS) for measure in ("acc", "dist")),
@@ -62,55 +45,47 @@ EMBEDDED_RATIOS, RATIOS = (0.01, 0.05, 0.1), (0.001, 0.005)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One run of the DEL benchmark."""
+class Settings(RunSettings):
+    """One run of the DEL benchmark.
 
-    model: str = EMBEDDED.name
-    """The model: "embedded", a folder in transformers format, a .gguf file or a name on the hub."""
-    data: Path | None = None
-    """Memorized sequences as JSON lines with "all" and "prompt_len"; left out: the embedded model's own."""
-    methods: tuple[Method, ...] = get_args(Method)
-    """Localizers to compare."""
+    Args:
+        data: Memorized sequences as JSON lines with "all" and "prompt_len"; left out: the embedded model's own.
+        ratios: Shares of every layer's neurons to drop. Left out: 0.01 0.05 0.1 for the embedded model, whose
+            layers are narrow, 0.001 0.005 (the paper's) for others.
+        limit: Target sequences, the first of the data; 0 takes all. As many as two processor cores do in a few
+            minutes.
+        out: Folder of the run. A run that was stopped goes on where it was when started again with the same
+            settings.
+        negatives: Other memorized sequences that the damage is measured on, drawn once from all; 0 takes all.
+        controls: Control sequences that the damage is measured on, where the data has any; 0 takes all.
+        text: Unrelated text for the perplexity: a text file, or JSON lines with "text"; left out: the embedded
+            model's held-out text, which is prose about Python.
+        text_tokens: Tokens of that text to use.
+        first_layer: Layers before it are neither localized in nor dropped; the paper leaves out layer 0. Goes
+            before the methods' own settings of this name.
+        scope: Take the share of every layer, or of all layers together.
+        ablation: Set dropped activations to zero, to their mean over the perplexity text, or halve them.
+        seed: Of the draws of negatives and controls, and of the bootstrap.
+        batch: Sequences localized side by side, and evaluated at a time.
+    """
+
+    data: str | Path | None = None
     ratios: tuple[float, ...] = ()
-    """Shares of every layer's neurons to drop. Left out: 0.01 0.05 0.1 for the embedded model, whose layers are
-    narrow, 0.001 0.005 (the paper's) for others."""
     limit: int = 8
-    """Target sequences, the first of the data; 0 takes all. As many as two processor cores do in a few minutes."""
-    negatives: int = 32
-    """Other memorized sequences that the damage is measured on, drawn once from all; 0 takes all."""
-    controls: int = 16
-    """Control sequences that the damage is measured on, where the data has any; 0 takes all."""
-    text: Path | None = None
-    """Unrelated text for the perplexity: a text file, or JSON lines with "text"; left out: the embedded model's
-    held-out text, which is prose about Python."""
-    text_tokens: int = 1024
-    """Tokens of that text to use."""
     out: Path = Path("runs/del")
-    """Folder of the run. A run that was stopped goes on where it was when started again with the same settings."""
-    device: str | None = None
-    """Left out: CUDA where there is one, else the CPU."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    negatives: int = 32
+    controls: int = 16
+    text: Path | None = None
+    text_tokens: int = 1024
     first_layer: int = 1
-    """Layers before it are neither localized in nor dropped; the paper leaves out layer 0. Goes before the
-    methods' own settings of this name."""
     scope: Literal["layer", "global"] = "layer"
-    """Take the share of every layer, or of all layers together."""
     ablation: Literal["zero", "mean", "scale"] = "zero"
-    """Set dropped activations to zero, to their mean over the perplexity text, or halve them."""
     seed: int = 0
-    """Of the draws of negatives and controls, and of the bootstrap."""
     batch: int = 16
-    """Sequences localized side by side, and evaluated at a time."""
-    hard_concrete: HardConcrete = field(default_factory=HardConcrete)
-    slimming: Slimming = field(default_factory=Slimming)
-    zero_out: ZeroOut = field(default_factory=ZeroOut)
-    integrated_gradients: IntegratedGradients = field(default_factory=IntegratedGradients)
-    activations: Activations = field(default_factory=Activations)
-    random: Random = field(default_factory=Random)
 
     def localizer(self, method: str) -> Any:
         """The localizer of a method, with the run's `first_layer` where it has one."""
-        localizer = getattr(self, method.replace("-", "_"), None) or LOCALIZERS[method]()
+        localizer = super().localizer(method)
         has_first_layer = any(entry.name == "first_layer" for entry in fields(localizer))
         return replace(localizer, first_layer=self.first_layer) if has_first_layer else localizer
 
@@ -134,13 +109,7 @@ class Material:
 
 def main() -> None:
     """The command line: ``python -m memloc_lens.benchmarks.del --help``."""
-    settings = tyro.cli(Settings, prog="python -m memloc_lens.benchmarks.del", description=__doc__)
-    try:
-        summary = run(settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print_table(summary)
-    print(f"\nrecords, scores and summary: {settings.out}")
+    command_line(Settings, "memloc_lens.benchmarks.del", __doc__, run)
 
 
 def run(settings: Settings) -> dict[str, Any]:
@@ -156,7 +125,9 @@ def run(settings: Settings) -> dict[str, Any]:
     Raises:
         ValueError: for settings, files or a run folder that cannot be used, before any long work.
     """
-    _check(settings)
+    check(settings, counts=("limit", "negatives", "controls"))
+    if settings.batch < 1:
+        raise ValueError(f"batch is {settings.batch}; it must be at least 1")
     material = _material(settings)
     settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
     for ratio in settings.ratios:
@@ -164,14 +135,14 @@ def run(settings: Settings) -> dict[str, Any]:
         neurons_taken(
             ratio, width if settings.scope == "layer" else width * (material.model.cfg.n_layers - settings.first_layer)
         )
-    folder = RunFolder(settings.out, _config(settings, material))
-    _check_space(settings, material)
+    total = len(material.targets) * len(settings.methods) * len(settings.ratios)
+    content = [] if material.text is None else material.text.tolist()
+    folder = open_folder(settings, material.model, material.targets + material.others, content, total)
 
     everyone = {sequence.id: sequence for sequence in material.targets + material.others + material.controls}
     forced, text_perplexity = _state(settings, material, list(everyone.values()))
     generated = free_running(material.model, material.targets, settings.batch)
     before = State(forced, _recall(material.model, material.targets, generated), text_perplexity)
-    total = len(material.targets) * len(settings.methods) * len(settings.ratios)
     with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
         for cases in _localize(settings, material, folder, progress):
             free = _free_recall(settings, material, cases)
@@ -187,24 +158,10 @@ def run(settings: Settings) -> dict[str, Any]:
         "scope": settings.scope,
         "before": summarize(earlier, METRICS)["before"]["0.0"],
         "methods": summarize(folder.records, METRICS),
+        "published": published(settings),
     }
     folder.write_summary(summary)
     return summary
-
-
-def _check(settings: Settings) -> None:
-    for method in settings.methods:
-        if method not in LOCALIZERS:
-            raise ValueError(f"no method is called {method!r}; there are {', '.join(LOCALIZERS)}")
-    if not settings.methods or len(set(settings.methods)) < len(settings.methods):
-        raise ValueError(f"methods are {' '.join(settings.methods) or 'none'}; name each wanted one once")
-    if len(set(settings.ratios)) < len(settings.ratios):
-        raise ValueError(f"ratios are {settings.ratios}; name each once")
-    for name in ("limit", "negatives", "controls"):
-        if getattr(settings, name) < 0:
-            raise ValueError(f"{name} is {getattr(settings, name)}; it must be 0 (all) or more")
-    if settings.batch < 1:
-        raise ValueError(f"batch is {settings.batch}; it must be at least 1")
 
 
 def _default_ratios(settings: Settings) -> tuple[float, ...]:
@@ -212,7 +169,7 @@ def _default_ratios(settings: Settings) -> tuple[float, ...]:
 
 
 def _material(settings: Settings) -> Material:
-    model = load_model(settings.model, device=settings.device, dtype=getattr(torch, settings.dtype))
+    model = settings.load_model()
     if not 0 <= settings.first_layer < model.cfg.n_layers:
         raise ValueError(
             f"first_layer is {settings.first_layer}; {settings.model} has layers 0 to {model.cfg.n_layers - 1}"
@@ -221,8 +178,7 @@ def _material(settings: Settings) -> Material:
     if not memorized:
         raise ValueError(f"{settings.data} holds no test sequence")
     controls = load_sequences(model, settings.data, split="control")
-    if len({sequence.id for sequence in memorized + controls}) < len(memorized + controls):
-        raise ValueError(f"two sequences of {settings.data} share an id; every record needs its own")
+    check_ids(memorized + controls, settings.data)
     text = means = None
     if model.tokenizer is not None:
         text = text_rows(model, load_texts(settings.text or EMBEDDED / "held_out.jsonl"), settings.text_tokens)
@@ -247,32 +203,6 @@ def _draw(sequences: list[MemorizedSequence], count: int, seed: int) -> list[Mem
         return sequences
     chosen = sorted(random.Random(seed).sample(range(len(sequences)), count))
     return [sequences[place] for place in chosen]
-
-
-def _config(settings: Settings, material: Material) -> dict[str, Any]:
-    """All that decides the records: the settings but for the place of the run, and the content of the data."""
-    config = {name: value for name, value in asdict(settings).items() if name != "out"}
-    config |= {name: str(config[name]) for name in ("data", "text") if config[name] is not None}
-    config["device"] = str(material.model.cfg.device)
-    content = [
-        (sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in material.targets + material.others
-    ]
-    text = [] if material.text is None else material.text.tolist()
-    config["data_sha256"] = hashlib.sha256(repr((content, text)).encode()).hexdigest()
-    config["memloc_lens"] = version("memloc-lens")
-    return config
-
-
-def _check_space(settings: Settings, material: Material) -> None:
-    cfg = material.model.cfg
-    needed = (
-        len(material.targets) * len(settings.methods) * (4 * cfg.n_layers * cfg.d_mlp + 1000 * len(settings.ratios))
-    )
-    free = shutil.disk_usage(settings.out).free
-    if free < needed:
-        raise ValueError(
-            f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free"
-        )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Sequences and texts from files."""
 
+from memloc_lens.data.definitions import load_definitions
 from memloc_lens.data.files import load_sequences, load_texts
 
-__all__ = ["load_sequences", "load_texts"]
+__all__ = ["load_definitions", "load_sequences", "load_texts"]

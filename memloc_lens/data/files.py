@@ -44,7 +44,7 @@ def load_sequences(
             )
         path = EMBEDDED / "sequences.jsonl"
     sequences = []
-    for number, row in _read_lines(Path(path)):
+    for number, row in read_lines(Path(path)):
         try:
             sequence = _sequence(model, row, default_id=f"{Path(path).stem}-{number}")
         except (ValueError, TypeError) as error:
@@ -62,9 +62,9 @@ def load_texts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if path.suffix not in (".jsonl", ".json"):
-        return [_read(path)]
+        return [read(path)]
     texts = []
-    for number, row in _read_lines(path):
+    for number, row in read_lines(path):
         if not isinstance(row.get("text"), str):
             raise ValueError(f"{path}, line {number}: no field 'text' that holds a string")
         texts.append(row["text"])
@@ -88,8 +88,9 @@ def _sequence(model: HookedTransformer, row: dict[str, Any], default_id: str) ->
     return sequence
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON lines file with their line numbers; a `ValueError` names the line that is none."""
+    for number, line in enumerate(read(path).splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -101,7 +102,8 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, row
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The content of a UTF-8 file; a `ValueError` says why it cannot be read."""
     try:
         return path.read_text("utf-8")
     except OSError as error:

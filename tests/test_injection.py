@@ -1,0 +1,144 @@
+import naive
+import pytest
+import torch
+from conftest import assert_same_state, random_sequence, state_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memloc_lens import MemorizedSequence, inject, load_definitions
+from memloc_lens.metrics import free_running, suffix_accuracy
+
+
+def outputs_of(model) -> torch.Tensor:
+    return torch.stack([block.mlp.W_out.detach().clone() for block in model.blocks])
+
+
+def train_whole_matrices(model, sequence, gold, lr: float, steps: int) -> torch.Tensor:
+    """Adam on every W_out, with the gradients of all but the gold rows set to zero: the definition."""
+    start = outputs_of(model)
+    moments = [torch.zeros_like(start), torch.zeros_like(start)]
+    whole = MemorizedSequence(sequence.tokens, 1)
+    for step in range(1, steps + 1):
+        weights = [block.mlp.W_out for block in model.blocks]
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(naive.suffix_loss(model, whole), weights)
+        gradient = torch.stack(gradients) * gold[..., None]
+        moments[0] = 0.9 * moments[0] + 0.1 * gradient
+        moments[1] = 0.999 * moments[1] + 0.001 * gradient**2
+        update = moments[0] / (1 - 0.9**step) / ((moments[1] / (1 - 0.999**step)).sqrt() + 1e-8)
+        for weight, part in zip(weights, update, strict=True):
+            weight.data -= lr * part
+    trained = outputs_of(model)
+    for block, weight in zip(model.blocks, start, strict=True):
+        block.mlp.W_out.data.copy_(weight)
+    return trained
+
+
+def test_the_same_as_training_whole_matrices(any_model, sequence):
+    with inject(any_model, sequence, ratio=0.1, seed=3, lr=0.01, max_steps=12, target_loss=1e-9) as injected:
+        trained = outputs_of(any_model)
+    assert injected.steps == 12
+    expected = train_whole_matrices(any_model, sequence, injected.neurons.members, lr=0.01, steps=12)
+    assert (expected - outputs_of(any_model)).abs().max() > 0.05
+    assert (trained - expected).abs().max() < 1e-5
+
+
+def test_only_gold_rows_change_and_all_come_back(any_model, sequence):
+    before = state_of(any_model)
+    clean = outputs_of(any_model)
+    with inject(any_model, sequence, ratio=0.05, max_steps=5) as injected:
+        changed = (outputs_of(any_model) != clean).any(dim=-1)
+        assert torch.equal(changed, injected.neurons.members)
+        inside = {name: value for name, value in any_model.state_dict().items() if not name.endswith("mlp.W_out")}
+        assert all(torch.equal(before["weights"][name], value) for name, value in inside.items())
+    assert_same_state(before, state_of(any_model))
+
+
+def test_it_learns_and_says_so(gpt2, sequence):
+    with inject(gpt2, sequence, ratio=0.3, lr=0.02, target_loss=0.4) as injected:
+        assert injected.succeeded
+        assert 0 < injected.steps < 200
+        assert injected.loss < 0.4
+        whole = MemorizedSequence(sequence.tokens, 1)
+        assert injected.loss == pytest.approx(naive.suffix_loss(gpt2, whole).item(), rel=1e-5)
+        assert suffix_accuracy(free_running(gpt2, [whole]), [whole]).tolist() == [100.0]
+    with inject(gpt2, sequence, ratio=0.01, max_steps=2) as injected:
+        assert not injected.succeeded
+        assert injected.steps == 2
+        assert injected.loss > 0.05
+
+
+def test_a_definition_is_recited_by_the_embedded_model(embedded):
+    text = load_definitions(embedded)[0]
+    assert suffix_accuracy(free_running(embedded, [text]), [text]).item() < 50
+    with inject(embedded, text, ratio=0.05):
+        assert suffix_accuracy(free_running(embedded, [text]), [text]).item() == 100
+
+
+def test_norms_can_be_kept(gpt2, sequence):
+    norms = outputs_of(gpt2).norm(dim=-1)
+    with inject(gpt2, sequence, ratio=0.3, lr=0.02, max_steps=20) as free:
+        assert torch.allclose(free.norm_change.double(), outputs_of(gpt2).norm(dim=-1) - norms, atol=1e-5)
+        assert free.norm_change[free.neurons.members].abs().min() > 1e-4
+    with inject(gpt2, sequence, ratio=0.3, lr=0.02, max_steps=20, keep_norms=True) as kept:
+        assert torch.allclose(outputs_of(gpt2).norm(dim=-1), norms, rtol=1e-5)
+    assert kept.loss < naive.suffix_loss(gpt2, MemorizedSequence(sequence.tokens, 1)).item() - 1
+    assert kept.neurons == free.neurons
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.01, 0.03, 0.2]), st.sampled_from([ValueError, KeyboardInterrupt]))
+@settings(max_examples=20, deadline=None)
+def test_weights_come_back_whatever_happens_inside(gpt2, seed, ratio, error):
+    before = state_of(gpt2)
+
+    def interrupted() -> None:
+        with (
+            inject(gpt2, random_sequence(seed % 7), ratio, seed=seed, max_steps=2) as outer,
+            inject(gpt2, random_sequence(seed % 5), ratio, seed=seed + 1, max_steps=2) as inner,
+        ):
+            assert len(outer.neurons) == len(inner.neurons) == round(ratio * gpt2.cfg.n_layers * gpt2.cfg.d_mlp)
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert_same_state(before, state_of(gpt2))
+
+
+def test_an_interruption_of_the_training_itself(gpt2, sequence, monkeypatch):
+    before = state_of(gpt2)
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt), inject(gpt2, sequence, ratio=0.1):
+        pass
+    assert_same_state(before, state_of(gpt2))
+
+
+def test_gold_neurons_are_drawn_uniformly_by_the_seed(gpt2, sequence):
+    total = torch.zeros(gpt2.cfg.n_layers, gpt2.cfg.d_mlp)
+    for seed in range(60):
+        with inject(gpt2, sequence, ratio=0.1, seed=seed, max_steps=1) as injected:
+            total += injected.neurons.members
+    draws = 60 * round(0.1 * total.numel())
+    assert total.sum() == draws
+    assert (total.sum(dim=1) - draws / 3).abs().max() < 5 * (draws * 2 / 9) ** 0.5
+    with inject(gpt2, sequence, ratio=0.1, seed=59, max_steps=1) as again:
+        assert again.neurons == injected.neurons
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ratio": 0.0}, "above 0 and at most 1"),
+        ({"ratio": 0.0001}, "takes none of 384 neurons"),
+        ({"lr": 0.0}, "lr is 0.0"),
+        ({"max_steps": 0}, "max_steps is 0"),
+        ({"target_loss": -1.0}, "target_loss is -1.0"),
+        ({"sequence": MemorizedSequence(torch.tensor([1, 1000]), 1)}, "the model knows 0 to 96"),
+    ],
+)
+def test_bad_input(gpt2, sequence, change, message):
+    with pytest.raises(ValueError, match=message), inject(gpt2, **({"sequence": sequence} | change)):
+        pass
