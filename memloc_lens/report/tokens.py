@@ -1,0 +1,51 @@
+"""A sequence as coloured tokens: where switching neurons off makes it forget."""
+
+import torch
+from circuitsvis.tokens import colored_tokens
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from memloc_lens.ablation import ablate
+from memloc_lens.neurons import Neurons
+from memloc_lens.sequence import MemorizedSequence, decode
+
+SAFE = "\ue000"  # of the private use area: stands for "<", which would end the script that the page is made by
+
+
+@torch.no_grad()
+def token_losses(model: HookedTransformer, sequence: MemorizedSequence) -> Float[Tensor, " pos"]:
+    """-log p(token | all before it) of every token, in nats, under whatever ablation is open; 0 for the first."""
+    tokens = sequence.tokens[None].to(model.cfg.device)
+    log_probs = model(tokens, return_type="logits")[0].float().log_softmax(dim=-1)
+    losses = -log_probs[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+    return torch.cat([losses.new_zeros(1), losses])
+
+
+def forgetting_page(model: HookedTransformer, sequence: MemorizedSequence, neurons: Neurons) -> str:
+    """Colour each token by how much its loss rises when the neurons are zeroed.
+
+    Args:
+        model: with a tokenizer.
+        sequence: to be shown, prompt and suffix.
+        neurons: to be zeroed at every position.
+
+    Returns:
+        HTML that needs nothing from the network, about 1 MB: show it with `IPython.display.HTML`, or write it to a
+        file. Hovering over a token gives its rise in nats.
+
+    Raises:
+        ValueError: if the model has no tokenizer.
+
+    Example:
+        >>> page = forgetting_page(model, sequence, neurons)
+        >>> Path("forgetting.html").write_text(page)
+    """
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer to write the tokens with")
+    before = token_losses(model, sequence)
+    with ablate(model, neurons):
+        after = token_losses(model, sequence)
+    texts = [decode(model, token[None]).replace("<", SAFE) for token in sequence.tokens]
+    page = colored_tokens(texts, (after - before).cpu()).local_src
+    return page.replace("\\ue000", "\\u003c")
