@@ -13,6 +13,7 @@ from memloc_lens.localizers import (
     WeightNorm,
     ZeroOut,
 )
+from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
 from memloc_lens.neurons import Neurons, top_neurons
 from memloc_lens.sequence import MemorizedSequence
@@ -36,5 +37,6 @@ __all__ = [
     "load_sequences",
     "mask",
     "mean_activations",
+    "memory_budget",
     "top_neurons",
 ]

@@ -2,20 +2,45 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
+from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
 LOGITS_AT_ONCE = {True: 2**22, False: 2**28}
 """Logits that are held at a time, on a CPU and elsewhere."""
 
 
+_prefix: ContextVar[tuple[int, dict[bytes, Tensor]] | None] = ContextVar("prefix", default=None)
+
+
 def final_residual(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after the last layer, before the final norm."""
-    return model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=model.cfg.n_layers)
+    """The residual stream after the last layer, before the final norm; see `kept_prefix`."""
+    if (prefix := _prefix.get()) is None:
+        return model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=model.cfg.n_layers)
+    layer, kept = prefix
+    key = repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()
+    if key not in kept:
+        kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=layer).detach()
+    return model(kept[key], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
+
+
+@contextmanager
+def kept_prefix(layer: int) -> Iterator[None]:
+    """Let `final_residual` run the layers before `layer` once for each batch of tokens, and keep what they give.
+
+    For one model, of which only later layers are ablated while the context is open. It keeps a residual stream for
+    every batch, which goes when the context closes.
+    """
+    token = _prefix.set((layer, {}) if layer > 0 else None)
+    try:
+        yield
+    finally:
+        _prefix.reset(token)
 
 
 def target_logits(
@@ -46,6 +71,11 @@ def target_loss(
         # flattened, since cross_entropy wants classes second and would copy transposed logits
         losses.append(cross_entropy(logits.flatten(0, 1), gold.flatten(), reduction="none").view(gold.shape))
     return torch.cat(losses).mean(dim=1)
+
+
+def norm_after_mlp(model: HookedTransformer) -> bool:
+    """Whether a norm stands between an MLP and the residual stream (Gemma 2, OLMo 2), so that neurons do not add up."""
+    return model.cfg.use_normalization_before_and_after or model.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
 
 @contextmanager

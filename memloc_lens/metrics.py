@@ -17,6 +17,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.forward import final_residual, target_logits, target_loss
+from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
 from memloc_lens.neurons import Neurons, neurons_taken
 from memloc_lens.sequence import MemorizedSequence, decode, equal_length_batches
@@ -32,10 +33,10 @@ def teacher_forced(model: HookedTransformer, sequences: Sequence[MemorizedSequen
     Args:
         model: used as it is, ablated or not.
         sequences: of any lengths.
-        batch: sequences at a time.
+        batch: sequences at a time, at the most.
     """
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for places, tokens, prompt_len in equal_length_batches(sequences, batch):
+    for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
         logits = target_logits(model, final_residual(model, tokens), prompt_len)
         for place, predicted in zip(places, logits.argmax(dim=-1).cpu(), strict=True):
             predictions[place] = predicted
@@ -49,10 +50,10 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
     Args:
         model: used as it is, ablated or not.
         sequences: of any lengths.
-        batch: sequences at a time.
+        batch: sequences at a time, at the most.
     """
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for places, tokens, prompt_len in equal_length_batches(sequences, batch):
+    for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
         generated = model.generate(
             tokens[:, :prompt_len].to(model.cfg.device),
             max_new_tokens=tokens.shape[1] - prompt_len,
@@ -65,6 +66,12 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
         for place, predicted in zip(places, generated[:, prompt_len:].cpu(), strict=True):
             predictions[place] = predicted
     return predictions
+
+
+def _rows(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int) -> int:
+    """As many sequences at a time as memory has room for, and `batch` at the most."""
+    length = max((len(sequence.tokens) for sequence in sequences), default=1)
+    return min(batch, rows_at_once(model, length, length))
 
 
 def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> Float[Tensor, " sequence"]:
@@ -98,7 +105,7 @@ def suffix_loss(
 ) -> Float[Tensor, " sequence"]:
     """Mean of -log p(token | all before it) over each suffix, in nats."""
     losses = torch.zeros(len(sequences))
-    for places, tokens, prompt_len in equal_length_batches(sequences, batch):
+    for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
         losses[places] = target_loss(model, final_residual(model, tokens), tokens, prompt_len).cpu()
     return losses
 

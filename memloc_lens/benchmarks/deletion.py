@@ -31,6 +31,7 @@ from memloc_lens.benchmarks.records import RunFolder
 from memloc_lens.benchmarks.runner import RunSettings, check, check_ids, command_line, open_folder, published
 from memloc_lens.benchmarks.statistics import summarize
 from memloc_lens.data import load_sequences, load_texts
+from memloc_lens.forward import kept_prefix
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
 from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
@@ -139,17 +140,8 @@ def run(settings: Settings) -> dict[str, Any]:
     content = [] if material.text is None else material.text.tolist()
     folder = open_folder(settings, material.model, material.targets + material.others, content, total)
 
-    everyone = {sequence.id: sequence for sequence in material.targets + material.others + material.controls}
-    forced, text_perplexity = _state(settings, material, list(everyone.values()))
-    generated = free_running(material.model, material.targets, settings.batch)
-    before = State(forced, _recall(material.model, material.targets, generated), text_perplexity)
-    with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
-        for cases in _localize(settings, material, folder, progress):
-            free = _free_recall(settings, material, cases)
-            for case, recalled in zip(cases, free, strict=True):
-                if case.key not in folder:
-                    folder.append(_record(settings, material, before, case, recalled))
-                    progress.update()
+    with settings.memory_budget(material.model), kept_prefix(settings.first_layer):
+        before = _run_cases(settings, material, folder, total)
     earlier = [{"method": "before", "ratio": 0.0} | _metrics(material, target, before) for target in material.targets]
     summary = {
         "benchmark": "del",
@@ -162,6 +154,21 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     folder.write_summary(summary)
     return summary
+
+
+def _run_cases(settings: Settings, material: Material, folder: RunFolder, total: int) -> "State":
+    """Write every record that is not there yet; returns the state before any ablation."""
+    forced, text_perplexity = _state(settings, material, material.targets)
+    generated = free_running(material.model, material.targets, settings.batch)
+    before = State(forced, _recall(material.model, material.targets, generated), text_perplexity)
+    with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
+        for cases in _localize(settings, material, folder, progress):
+            free = _free_recall(settings, material, cases)
+            for case, recalled in zip(cases, free, strict=True):
+                if case.key not in folder:
+                    folder.append(_record(settings, material, before, case, recalled))
+                    progress.update()
+    return before
 
 
 def _default_ratios(settings: Settings) -> tuple[float, ...]:
@@ -255,7 +262,7 @@ def _record(
     started = time.perf_counter()
     target = case.target
     with _ablated(settings, material, case.neurons):
-        forced, text_perplexity = _state(settings, material, [target, *material.negatives(target), *material.controls])
+        forced, text_perplexity = _state(settings, material, [target])
     after = State(forced, {target.id: free}, text_perplexity)
     metrics, earlier = _metrics(material, target, after), _metrics(material, target, before)
     return {
@@ -286,10 +293,17 @@ class State:
     perplexity: float | None
 
 
-def _state(settings: Settings, material: Material, everyone: list[MemorizedSequence]) -> tuple[Recall, float | None]:
-    """Teacher-forced recall of all, and the perplexity of the text, under whatever ablation is open."""
+def _state(settings: Settings, material: Material, targets: list[MemorizedSequence]) -> tuple[Recall, float | None]:
+    """Teacher-forced recall of targets and all others, and the perplexity of the text, under whatever is ablated.
+
+    The others go in the same batches whatever the targets, and targets one by one, so that prefixes serve again.
+    """
     model = material.model
-    forced = _recall(model, everyone, teacher_forced(model, everyone, settings.batch))
+    others = material.others + material.controls
+    forced = _recall(model, others, teacher_forced(model, others, settings.batch))
+    for target in targets:
+        if target.id not in forced:
+            forced |= _recall(model, [target], teacher_forced(model, [target]))
     return forced, None if material.text is None else perplexity(model, material.text, settings.batch)
 
 

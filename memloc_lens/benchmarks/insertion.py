@@ -129,13 +129,17 @@ def run(settings: Settings) -> dict[str, Any]:
     check_ids(texts, settings.data)
     inject_cell = partial(_inject, settings, model)
     if settings.tune:
-        return tune(replace(settings, out=settings.out / "tuning"), model, texts[:5], inject_cell)
+        with settings.memory_budget(model):
+            return tune(replace(settings, out=settings.out / "tuning"), model, texts[:5], inject_cell)
     texts = texts[: settings.limit or None]
     folder = open_folder(settings, model, texts, [], records=len(texts) * len(ratios) * len(settings.methods))
 
     cells = [(place, text, ratio) for place, text in enumerate(texts) for ratio in ratios]
     left = [cell for cell in cells if not _is_done(folder, settings, *cell[1:])]
-    with tqdm(total=len(cells), initial=len(cells) - len(left), desc="INJ", unit="injection") as progress:
+    with (
+        settings.memory_budget(model),
+        tqdm(total=len(cells), initial=len(cells) - len(left), desc="INJ", unit="injection") as progress,
+    ):
         for place, text, ratio in left:
             progress.set_postfix_str("injecting")
             started = time.perf_counter()

@@ -6,6 +6,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ from memloc_lens.localizers import (
     Slimming,
     ZeroOut,
 )
+from memloc_lens.memory import memory_budget, parse_memory
 from memloc_lens.models import EMBEDDED, load_model
 from memloc_lens.report.table import print_table
 from memloc_lens.sequence import MemorizedSequence
@@ -50,6 +52,7 @@ class RunSettings:
             own; what the command line says goes before it.
         device: Left out: CUDA where there is one, else the CPU.
         dtype: Precision of weights and computation.
+        memory: Keep all that the process takes on the device under this, as "8GiB"; left out: half of what is free.
     """
 
     model: str = EMBEDDED.name
@@ -61,6 +64,7 @@ class RunSettings:
     config: Path | None = None
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    memory: str | None = None
     seed: int = 0
     hard_concrete: HardConcrete = field(default_factory=HardConcrete)
     slimming: Slimming = field(default_factory=Slimming)
@@ -77,6 +81,10 @@ class RunSettings:
         """The model, on the device and in the precision of this run."""
         return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
 
+    def memory_budget(self, model: HookedTransformer) -> AbstractContextManager[None]:
+        """What the run keeps to, once the model is loaded."""
+        return memory_budget(self.memory, model.cfg.device) if self.memory else nullcontext()
+
 
 S = TypeVar("S", bound=RunSettings)
 
@@ -90,6 +98,8 @@ def check(settings: RunSettings, counts: Iterable[str] = ("limit",)) -> None:
         raise ValueError(f"methods are {' '.join(settings.methods) or 'none'}; name each wanted one once")
     if len(set(settings.ratios)) < len(settings.ratios):
         raise ValueError(f"ratios are {settings.ratios}; name each once")
+    if settings.memory is not None:
+        parse_memory(settings.memory)
     for name in counts:
         if getattr(settings, name) < 0:
             raise ValueError(f"{name} is {getattr(settings, name)}; it must be 0 (all) or more")
@@ -107,7 +117,7 @@ def open_folder(
     """The folder of a run, which belongs to all that decides its records: the settings, and the content of the data.
 
     Args:
-        settings: of the run; where it lies and from which file they came does not matter.
+        settings: of the run; its place, the file they came from and the memory it may take do not matter.
         model: of the run.
         sequences: that the records are about.
         text: other content that decides records.
@@ -116,7 +126,7 @@ def open_folder(
     Raises:
         ValueError: if the folder belongs to another configuration, or its disk has too little space left.
     """
-    config = {name: value for name, value in asdict(settings).items() if name not in ("out", "config")}
+    config = {name: value for name, value in asdict(settings).items() if name not in ("out", "config", "memory")}
     config = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
     config["device"] = str(model.cfg.device)
     content = [(sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in sequences]

@@ -12,6 +12,7 @@ what the sequence needs.
 
 The masks of many sequences train side by side in one batch. Adam works entry by entry and every sequence has a
 loss of its own, so they do not touch one another; a sequence that reaches its stop keeps the mask it had then.
+Up to the first masked layer nothing changes between steps: a clean pass is run once, and only what follows again.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.ablation import mask
-from memloc_lens.forward import final_residual, target_loss
+from memloc_lens.ablation import mask, post
+from memloc_lens.forward import norm_after_mlp, target_loss
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import MemorizedSequence
 
@@ -42,7 +43,6 @@ class Slimming:
             model with more neurons needs a larger one.
         stop_loss: training ends when the mean absolute mask falls under it.
         first_layer: layers before it are left alone, and score 0.
-        batch: sequences trained side by side; decides memory, not results.
     """
 
     steps: int = 60
@@ -50,13 +50,12 @@ class Slimming:
     penalty: float = 100.0
     stop_loss: float = 0.1
     first_layer: int = 0
-    batch: int = 16
 
     def __call__(
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "*sequence layer neuron"]:
         """Scores in [0, 1], [layer, neuron], or [sequence, layer, neuron] for a list."""
-        return score(model, sequences, self._score_batch, self.batch)
+        return score(model, sequences, self._score_batch, graph_layers=model.cfg.n_layers - self.first_layer)
 
     def _score_batch(
         self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
@@ -84,7 +83,6 @@ class HardConcrete:
         stop_loss: training ends when the mean probability of an open gate falls under it.
         first_layer: layers before it are left exactly alone, and score 0.
         seed: of the gates' noise. All sequences share the noise, so that none depends on its batch.
-        batch: sequences trained side by side; decides memory, not results.
     """
 
     steps: int = 200
@@ -95,13 +93,12 @@ class HardConcrete:
     stop_loss: float = 0.1
     first_layer: int = 0
     seed: int = 0
-    batch: int = 16
 
     def __call__(
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "*sequence layer neuron"]:
         """Scores in (0, 1), [layer, neuron], or [sequence, layer, neuron] for a list."""
-        return score(model, sequences, self._score_batch, self.batch)
+        return score(model, sequences, self._score_batch, graph_layers=model.cfg.n_layers - self.first_layer)
 
     def _score_batch(
         self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
@@ -132,6 +129,7 @@ def _train(
 ) -> Float[Tensor, "batch layer neuron"]:
     """Run Adam on the parameters until every sequence has reached its stop, or the steps are over."""
     optimizer = torch.optim.Adam([parameters], lr=settings.lr)
+    masked = _masked_residual(model, tokens, settings.first_layer)
     result = parameters.detach().clone()
     running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     for step in range(settings.steps):
@@ -141,14 +139,45 @@ def _train(
                 running &= regularizer.detach() >= settings.stop_loss
                 if not running.any():
                     break
-            with mask(model, values, settings.first_layer):
-                losses = target_loss(model, final_residual(model, tokens), tokens, prompt_len)
+            losses = target_loss(model, masked(values), tokens, prompt_len)
             objective = (losses + settings.penalty * regularizer).sum()
         optimizer.zero_grad()
         objective.backward()
         optimizer.step()
         result = torch.where(running[:, None, None], parameters.detach(), result)
     return result
+
+
+def _masked_residual(
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], first_layer: int
+) -> Callable[[Float[Tensor, "batch layer neuron"]], Float[Tensor, "batch pos d_model"]]:
+    """A function from masks to the final residual stream, which runs only what the masks change.
+
+    Up to the neurons of the first masked layer everything is as in the clean pass, which is run once; masking these
+    adds the change of their activations times `W_out` to the stream.
+    """
+    if norm_after_mlp(model):
+        with torch.no_grad():
+            before = model(tokens, return_type="logits", stop_at_layer=first_layer)
+
+        def run_all(values: Float[Tensor, "batch layer neuron"]) -> Float[Tensor, "batch pos d_model"]:
+            with mask(model, values, first_layer):
+                return model(before, start_at_layer=first_layer, stop_at_layer=model.cfg.n_layers)
+
+        return run_all
+
+    with torch.no_grad():
+        names = [post(first_layer), f"blocks.{first_layer}.hook_resid_post"]
+        _, cache = model.run_with_cache(tokens, stop_at_layer=first_layer + 1, names_filter=names)
+    activations, clean = (cache[name] for name in names)
+    rows = model.blocks[first_layer].mlp.W_out
+
+    def run_later(values: Float[Tensor, "batch layer neuron"]) -> Float[Tensor, "batch pos d_model"]:
+        change = activations * (values[:, 0] - 1).to(activations).unsqueeze(1)
+        with mask(model, values[:, 1:], first_layer + 1):
+            return model(clean + change @ rows, start_at_layer=first_layer + 1, stop_at_layer=model.cfg.n_layers)
+
+    return run_later
 
 
 def _shape(model: HookedTransformer, tokens: Int[Tensor, "batch pos"], first_layer: int) -> tuple[int, int, int]:

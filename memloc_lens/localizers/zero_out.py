@@ -9,21 +9,26 @@ Chang et al. (2024), sec. 4.1. Exact leave-one-out over all neurons, without a f
 
 Where a norm stands between an MLP and the residual stream (Gemma 2, OLMo 2), the term of step 2 is no longer
 rank one: layer l is then run too, with the neuron masked.
+
+With `candidates` below 1, one backward pass first estimates every rise from the gradient, and only the share of
+each layer's neurons with the highest estimates is scored exactly.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
-from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
-from memloc_lens.ablation import post
-from memloc_lens.forward import target_loss
+from memloc_lens.ablation import mask, post
+from memloc_lens.forward import final_residual, norm_after_mlp, target_loss
 from memloc_lens.localizers.scoring import score
+from memloc_lens.memory import in_chunks, rows_at_once
+from memloc_lens.neurons import top_neurons
 from memloc_lens.sequence import MemorizedSequence
 
 
@@ -33,57 +38,107 @@ class ZeroOut:
 
     Args:
         first_layer: layers before it are not perturbed, and score 0.
-        chunk: perturbed copies of the sequence that are run at once; decides memory, not results.
+        candidates: share of each layer's neurons to score; 1 scores all. The rest, which the gradient ranks lower,
+            share the lowest score of their layer.
     """
 
     first_layer: int = 0
-    chunk: int = 32
+    candidates: float = 1.0
 
     def __call__(
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "*sequence layer neuron"]:
-        """Rises of the loss in nats, [layer, neuron], or [sequence, layer, neuron] for a list."""
-        return score(model, sequences, self._score_batch, batch=1)
+        """Rises of the loss in nats, [layer, neuron], or [sequence, layer, neuron] for a list.
+
+        Raises:
+            ValueError: if `candidates` is outside (0, 1], or takes no neuron.
+        """
+        assert model.cfg.d_mlp is not None
+        graph_layers = model.cfg.n_layers if self.candidates < 1 else 0
+        return score(model, sequences, self._score_batch, graph_layers, rows_each=model.cfg.d_mlp)
 
     @torch.no_grad()
     def _score_batch(
-        self, model: HookedTransformer, tokens: Int[Tensor, "1 pos"], prompt_len: int
-    ) -> Float[Tensor, "1 layer neuron"]:
+        self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
+    ) -> Float[Tensor, "batch layer neuron"]:
         residual, cache = model.run_with_cache(
             tokens,
             stop_at_layer=model.cfg.n_layers,
             names_filter=lambda name: name.endswith(("mlp.hook_post", "hook_resid_pre", "hook_resid_post")),
         )
         clean_loss = target_loss(model, residual, tokens, prompt_len)
-        scores = torch.zeros(1, model.cfg.n_layers, model.cfg.d_mlp, device=tokens.device)
+        chosen = self._candidates(model, tokens, prompt_len)
+        size = rows_at_once(model, tokens.shape[1], tokens.shape[1] - prompt_len)
+        scores = torch.zeros(chosen.shape, device=tokens.device)
         for layer in range(self.first_layer, model.cfg.n_layers):
-            for neurons in torch.arange(model.cfg.d_mlp, device=tokens.device).split(self.chunk):
-                residuals = _residuals_without(model, cache, layer, neurons)
-                residuals = model(residuals, start_at_layer=layer + 1, stop_at_layer=model.cfg.n_layers)
-                losses = target_loss(model, residuals, tokens.expand(len(neurons), -1), prompt_len)
-                scores[0, layer, neurons] = losses - clean_loss
+            pairs = chosen[:, layer].nonzero()
+            losses = in_chunks(pairs, size, partial(_losses_without, model, cache, layer, tokens, prompt_len))
+            row, neuron = pairs.unbind(dim=1)
+            rises = torch.cat(losses) - clean_loss[row]
+            scores[:, layer] = rises.min() if self.candidates < 1 else 0.0
+            scores[row, layer, neuron] = rises
         return scores
+
+    def _candidates(
+        self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
+    ) -> Bool[Tensor, "batch layer neuron"]:
+        if self.candidates == 1:
+            shape = (len(tokens), model.cfg.n_layers, model.cfg.d_mlp)
+            return torch.ones(shape, dtype=torch.bool, device=tokens.device)
+        estimates = estimated_rises(model, tokens, prompt_len)
+        return torch.stack([top_neurons(each, self.candidates, rounding="nearest").members for each in estimates])
+
+
+def estimated_rises(
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
+) -> Float[Tensor, "batch layer neuron"]:
+    """The rises that ZeroOut measures, to first order: minus the gradient of the loss by a mask of ones, in nats."""
+    ones = torch.ones(len(tokens), model.cfg.n_layers, model.cfg.d_mlp, device=tokens.device, requires_grad=True)
+    with torch.enable_grad(), mask(model, ones):
+        losses = target_loss(model, final_residual(model, tokens), tokens, prompt_len)
+        (gradient,) = torch.autograd.grad(losses.sum(), ones)
+    return -gradient
+
+
+def _losses_without(
+    model: HookedTransformer,
+    cache: ActivationCache,
+    layer: int,
+    tokens: Int[Tensor, "batch pos"],
+    prompt_len: int,
+    pairs: Int[Tensor, "pair 2"],
+) -> Float[Tensor, " pair"]:
+    """The suffix losses with one neuron of `layer` zeroed; a pair is a row of the batch and the neuron."""
+    row, neuron = pairs.unbind(dim=1)
+    residuals = _residuals_without(model, cache, layer, row, neuron)
+    residuals = model(residuals, start_at_layer=layer + 1, stop_at_layer=model.cfg.n_layers)
+    return target_loss(model, residuals, tokens[row], prompt_len)
 
 
 def _residuals_without(
-    model: HookedTransformer, cache: ActivationCache, layer: int, neurons: Int[Tensor, " neuron"]
-) -> Float[Tensor, "neuron pos d_model"]:
-    """The residual stream after `layer` with each of its `neurons` zeroed in turn."""
-    if model.cfg.use_normalization_before_and_after or model.cfg.original_architecture in POST_NORM_ARCHITECTURES:
-        return _residuals_by_masking(model, cache, layer, neurons)
-    activations = rearrange(cache[post(layer)][0, :, neurons], "pos neuron -> neuron pos 1").contiguous()
-    rows = rearrange(model.blocks[layer].mlp.W_out[neurons], "neuron d_model -> neuron 1 d_model")
-    return cache["resid_post", layer] - activations * rows
+    model: HookedTransformer,
+    cache: ActivationCache,
+    layer: int,
+    row: Int[Tensor, " pair"],
+    neuron: Int[Tensor, " pair"],
+) -> Float[Tensor, "pair pos d_model"]:
+    """The residual stream after `layer` of each pair's row with its neuron zeroed."""
+    if norm_after_mlp(model):
+        return _residuals_by_masking(model, cache, layer, row, neuron)
+    activations = cache[post(layer)][row, :, neuron].unsqueeze(-1)
+    weights = rearrange(model.blocks[layer].mlp.W_out[neuron], "pair d_model -> pair 1 d_model")
+    return cache["resid_post", layer][row] - activations * weights
 
 
 def _residuals_by_masking(
-    model: HookedTransformer, cache: ActivationCache, layer: int, neurons: Int[Tensor, " neuron"]
-) -> Float[Tensor, "neuron pos d_model"]:
-    def zero_one_each(
-        activations: Float[Tensor, "neuron pos d_mlp"], hook: object
-    ) -> Float[Tensor, "neuron pos d_mlp"]:
-        return activations.scatter(2, neurons[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
+    model: HookedTransformer,
+    cache: ActivationCache,
+    layer: int,
+    row: Int[Tensor, " pair"],
+    neuron: Int[Tensor, " pair"],
+) -> Float[Tensor, "pair pos d_model"]:
+    def zero_one_each(activations: Float[Tensor, "pair pos d_mlp"], hook: object) -> Float[Tensor, "pair pos d_mlp"]:
+        return activations.scatter(2, neuron[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
 
-    before = cache["resid_pre", layer].expand(len(neurons), -1, -1)
     with model.hooks(fwd_hooks=[(post(layer), zero_one_each)]):
-        return model(before, start_at_layer=layer, stop_at_layer=layer + 1)
+        return model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=layer + 1)

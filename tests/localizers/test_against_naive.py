@@ -1,13 +1,24 @@
 """Every localizer against its formula, on every architecture, and against captum, at float64."""
 
+from dataclasses import replace
+
 import naive
 import pytest
 import torch
 from captum.attr import IntegratedGradients as CaptumIntegratedGradients
 from conftest import random_sequence
 
-from memloc_lens import Activations, HardConcrete, IntegratedGradients, Random, Slimming, WeightNorm, ZeroOut
-from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without
+from memloc_lens import (
+    Activations,
+    HardConcrete,
+    IntegratedGradients,
+    Random,
+    Slimming,
+    WeightNorm,
+    ZeroOut,
+    top_neurons,
+)
+from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without, estimated_rises
 
 
 def close(scores: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:
@@ -15,7 +26,7 @@ def close(scores: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
 
 
 def test_zero_out(any_model, sequence):
-    assert close(ZeroOut(chunk=7)(any_model, sequence), naive.zero_out(any_model, sequence))
+    assert close(ZeroOut()(any_model, sequence), naive.zero_out(any_model, sequence))
 
 
 @pytest.mark.parametrize("reduction", ["abs_mean", "mean_abs"])
@@ -24,7 +35,7 @@ def test_activations(any_model, sequence, reduction):
 
 
 def test_integrated_gradients(any_model, sequence):
-    scores = IntegratedGradients(steps=5, chunk=2)(any_model, sequence)
+    scores = IntegratedGradients(steps=5)(any_model, sequence)
     assert close(scores, naive.integrated_gradients(any_model, sequence, steps=5))
 
 
@@ -46,7 +57,7 @@ def test_integrated_gradients_by_captum(gpt2):
     expected = CaptumIntegratedGradients(gold_probability).attribute(
         clean, n_steps=steps, method="riemann_trapezoid", internal_batch_size=100
     )
-    assert close(IntegratedGradients(steps, chunk=100)(gpt2, sequence)[layer], expected[0], tolerance=1e-2)
+    assert close(IntegratedGradients(steps)(gpt2, sequence)[layer], expected[0], tolerance=1e-2)
 
 
 def test_integrated_gradients_add_up_to_the_probability_gained(gpt2):
@@ -64,7 +75,7 @@ def test_integrated_gradients_add_up_to_the_probability_gained(gpt2):
         )
         return logits[0, -2].softmax(-1)[sequence.tokens[-1]]
 
-    total = IntegratedGradients(steps=2000, chunk=500)(gpt2, sequence)[layer].sum()
+    total = IntegratedGradients(steps=2000)(gpt2, sequence)[layer].sum()
     assert total.item() == pytest.approx((probability(1.0) - probability(0.0)).item(), rel=1e-2)
 
 
@@ -116,7 +127,44 @@ def test_random_is_uniform_and_seeded(gpt2, sequence):
 
 def test_zero_out_by_masking_is_the_rank_one_form(gpt2, sequence):
     """The form for models with a norm after the MLP must agree where both hold."""
-    _, cache = gpt2.run_with_cache(sequence.tokens[None])
-    neurons = torch.tensor([0, 5, 9])
-    by_rank_one = _residuals_without(gpt2, cache, 1, neurons)
-    assert torch.allclose(_residuals_by_masking(gpt2, cache, 1, neurons), by_rank_one, atol=1e-12)
+    other = random_sequence(1)
+    _, cache = gpt2.run_with_cache(torch.stack([sequence.tokens, other.tokens]))
+    row, neuron = torch.tensor([0, 1, 1]), torch.tensor([0, 5, 9])
+    by_rank_one = _residuals_without(gpt2, cache, 1, row, neuron)
+    assert torch.allclose(_residuals_by_masking(gpt2, cache, 1, row, neuron), by_rank_one, atol=1e-12)
+
+
+@pytest.mark.parametrize("first_layer", [0, 1, 2])
+@pytest.mark.parametrize("localizer", [Slimming(steps=12, lr=0.02, stop_loss=0), HardConcrete(steps=12, stop_loss=0)])
+def test_masks_of_a_model_with_a_norm_after_the_mlp(gpt2, sequence, localizer, first_layer, monkeypatch):
+    """The form that runs the first masked layer again must agree where both hold."""
+    localizer = replace(localizer, first_layer=first_layer)
+    scores = localizer(gpt2, sequence)
+    monkeypatch.setattr("memloc_lens.localizers.learned_masks.norm_after_mlp", lambda model: True)
+    assert torch.allclose(localizer(gpt2, sequence), scores, atol=1e-6)
+
+
+def test_estimated_rises_are_slopes_of_the_loss(any_model, sequence):
+    """Central differences of the loss by the activation of one neuron at every position."""
+    estimates = estimated_rises(any_model, sequence.tokens[None], sequence.prompt_len)[0]
+    for layer, neuron in ((0, 3), (1, 20), (2, 41)):
+
+        def loss(factor: float, layer: int = layer, neuron: int = neuron) -> float:
+            def scale(activations, hook):
+                activations[:, :, neuron] *= factor
+                return activations
+
+            return naive.suffix_loss(any_model, sequence, [(naive.hook_name(layer), scale)]).item()
+
+        slope = (loss(1 - 1e-4) - loss(1 + 1e-4)) / 2e-4
+        assert estimates[layer, neuron].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
+
+
+def test_candidates_are_scored_exactly_and_the_rest_below(any_model, sequence):
+    exact = ZeroOut()(any_model, sequence)
+    some = ZeroOut(candidates=0.25)(any_model, sequence)
+    estimates = estimated_rises(any_model, sequence.tokens[None], sequence.prompt_len)[0]
+    chosen = top_neurons(estimates, 0.25, rounding="nearest").members
+    assert torch.allclose(some[chosen], exact[chosen], atol=1e-6)
+    for layer, members in zip(some, chosen, strict=True):
+        assert (layer[~members] == layer[members].min()).all()

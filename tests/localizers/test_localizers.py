@@ -103,9 +103,10 @@ def test_hard_concrete_puts_no_noise_on_frozen_layers(gpt2, sequence):
     seen = []
     with gpt2.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda activations, hook: seen.append(activations.clone()))]):
         HardConcrete(steps=3, first_layer=1, stop_loss=0)(gpt2, sequence)
-    assert len(seen) == 3
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], seen[2])
+        masked = len(seen)
+        gpt2(sequence.tokens[None])
+    assert masked >= 1
+    assert all(torch.equal(activations, seen[-1]) for activations in seen)
 
 
 @pytest.mark.parametrize("localizer", [Slimming(steps=200, lr=0.05, stop_loss=0.5, penalty=100.0),

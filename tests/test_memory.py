@@ -1,0 +1,78 @@
+import pytest
+import torch
+from conftest import random_sequence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memloc_lens import HardConcrete, IntegratedGradients, Slimming, ZeroOut, memory, memory_budget
+from memloc_lens.memory import in_chunks, parse_memory, rows_at_once
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("8GiB", 8 * 2**30), ("1.5 GiB", 3 * 2**29), (" 500 MB ", 5 * 10**8), ("12B", 12)]
+)
+def test_amounts_of_memory(text, expected):
+    assert parse_memory(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "8", "GiB", "8 gib", "1.2.3MB", "-1GB"])
+def test_what_is_no_amount(text):
+    with pytest.raises(ValueError, match="write an amount with one of the units B, KiB, MiB, GiB"):
+        parse_memory(text)
+
+
+def test_a_budget_below_what_is_taken_is_refused():
+    with pytest.raises(ValueError, match="GiB are taken by the model and Python already"), memory_budget("1MiB"):
+        pass
+
+
+def test_a_smaller_budget_means_fewer_rows(gpt2, monkeypatch):
+    monkeypatch.setattr(memory, "_taken", lambda device: 2**30)
+    rows = []
+    for limit in ("1025MiB", "1030MiB", "64GiB"):
+        with memory_budget(limit):
+            rows.append(rows_at_once(gpt2, 40, 20, graph_layers=3))
+    assert rows[0] < rows[1] < rows[2] == 2560 // 40
+    assert rows_at_once(gpt2, 40, 20) == 2560 // 40
+    with memory_budget("1073741825 B"):
+        assert rows_at_once(gpt2, 40, 20) == 1
+
+
+@given(st.integers(0, 30), st.integers(1, 12), st.integers(1, 9))
+def test_chunks_are_halved_until_they_fit(count, size, fits):
+    seen = []
+
+    def work(some: torch.Tensor) -> torch.Tensor:
+        if len(some) > fits:
+            raise torch.OutOfMemoryError
+        seen.append(len(some))
+        return some * 2
+
+    results = in_chunks(torch.arange(count), size, work)
+    assert [value for result in results for value in result.tolist()] == list(range(0, 2 * count, 2))
+    assert all(length <= fits for length in seen)
+
+
+def test_what_never_fits_is_told():
+    def work(some: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError("too much")
+
+    with pytest.raises(torch.OutOfMemoryError, match="too much"):
+        in_chunks(torch.arange(5), 4, work)
+
+
+@pytest.mark.parametrize(
+    "localizer",
+    [
+        ZeroOut(),
+        IntegratedGradients(steps=4),
+        Slimming(steps=6, lr=0.02, stop_loss=0),
+        HardConcrete(steps=6, stop_loss=0),
+    ],
+    ids=lambda localizer: type(localizer).__name__,
+)
+def test_scores_do_not_depend_on_the_budget(gpt2, localizer, monkeypatch):
+    sequences = [random_sequence(seed) for seed in range(3)]
+    at_once = localizer(gpt2, sequences)
+    monkeypatch.setattr(memory, "_free", lambda device: 1)
+    assert torch.allclose(localizer(gpt2, sequences), at_once, atol=1e-6)
