@@ -86,8 +86,9 @@ class Settings(RunSettings):
     keep_norms: bool = False
     tune: bool = False
     seed: int = 0
-    hard_concrete: HardConcrete = field(default_factory=HardConcrete)
-    slimming: Slimming = field(default_factory=lambda: Slimming(steps=200))
+    # chosen for the embedded model by --tune: benchmarks/results/tuning.md
+    hard_concrete: HardConcrete = field(default_factory=lambda: HardConcrete(penalty=120.0))
+    slimming: Slimming = field(default_factory=lambda: Slimming(steps=200, lr=1e-3, penalty=1200.0))
 
 
 def main() -> None:
