@@ -137,11 +137,16 @@ def _convert(
     model.load_and_process_state_dict(
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
-    _fuse_gelu(model)
-    _lay_out(model)
+    prepare(model)
     if not generates_with_cache(model):
         vars(model)["generate"] = _without_cache(model.generate)
     return model.to(device, print_details=False).eval()
+
+
+def prepare(model: HookedTransformer) -> None:
+    """Make the forward pass of a `HookedTransformer` faster, with the same weights and the same results."""
+    _fuse_gelu(model)
+    _lay_out(model)
 
 
 def _fuse_gelu(model: HookedTransformer) -> None:
