@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
+from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
 LOGITS_AT_ONCE = {True: 2**22, False: 2**28}
@@ -18,15 +19,52 @@ LOGITS_AT_ONCE = {True: 2**22, False: 2**28}
 _prefix: ContextVar[tuple[int, dict[bytes, Tensor]] | None] = ContextVar("prefix", default=None)
 
 
-def final_residual(model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-    """The residual stream after the last layer, before the final norm; see `kept_prefix`."""
-    if (prefix := _prefix.get()) is None:
-        return model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=model.cfg.n_layers)
-    layer, kept = prefix
+def final_residual(
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
+) -> Float[Tensor, "batch suffix d_model"]:
+    """The residual stream after the last layer, before the final norm, at the target positions; see `kept_prefix`."""
+    layer, kept = _prefix.get() or (0, {})
     key = repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()
     if key not in kept:
-        kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=layer).detach()
-    return model(kept[key], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
+        kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=layer)
+    return run_layers(model, kept[key], layer, prompt_len)
+
+
+def run_layers(
+    model: HookedTransformer, residual: Float[Tensor, "batch pos d_model"], start: int, prompt_len: int
+) -> Float[Tensor, "batch suffix d_model"]:
+    """Run the layers from `start` on; of the last one only what the target positions need.
+
+    Other positions take part in the last layer by their keys and values alone.
+
+    Args:
+        model: whose hooks see the target positions only in the last layer's MLP.
+        residual: the stream that enters layer `start`, at all positions.
+        start: from 0 to the number of layers, which runs none.
+        prompt_len: of the rows.
+    """
+    last = model.cfg.n_layers - 1
+    targets = slice(prompt_len - 1, -1)
+    if start > last or not _can_split_last_layer(model):
+        return model(residual, start_at_layer=start, stop_at_layer=last + 1)[:, targets]
+    entering = model(residual, start_at_layer=start, stop_at_layer=last)
+    block, past = model.blocks[last], None
+    if prompt_len > 1:
+        normed = block.ln1(entering[:, : prompt_len - 1])
+        _, keys, values = block.attn.calculate_qkv_matrices(normed, normed, normed)
+        past = TransformerLensKeyValueCacheEntry(keys, values)
+    return block(entering[:, targets], past_kv_cache_entry=past)
+
+
+def _can_split_last_layer(model: HookedTransformer) -> bool:
+    """Whether the last layer's keys and values are all that other positions give to the targets, as it is written."""
+    cfg = model.cfg
+    return (
+        cfg.positional_embedding_type in ("standard", "rotary")
+        and not norm_after_mlp(model)
+        and not (cfg.use_attn_in or cfg.use_split_qkv_input or cfg.use_qk_norm or cfg.use_logn_attn)
+        and cfg.clip_qkv is None
+    )
 
 
 @contextmanager
@@ -44,17 +82,17 @@ def kept_prefix(layer: int) -> Iterator[None]:
 
 
 def target_logits(
-    model: HookedTransformer, residual: Float[Tensor, "batch pos d_model"], prompt_len: int
+    model: HookedTransformer, residual: Float[Tensor, "batch suffix d_model"]
 ) -> Float[Tensor, "batch suffix d_vocab"]:
-    """Logits at the target positions alone: those that predict the suffix."""
-    logits = model.unembed(model.ln_final(residual[:, prompt_len - 1 : -1]))
+    """Logits of the suffix, from the final residual stream at the target positions, which predict it."""
+    logits = model.unembed(model.ln_final(residual))
     cap = model.cfg.output_logits_soft_cap
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def target_loss(
     model: HookedTransformer,
-    residual: Float[Tensor, "batch pos d_model"],
+    residual: Float[Tensor, "batch suffix d_model"],
     tokens: Int[Tensor, "batch pos"],
     prompt_len: int,
 ) -> Float[Tensor, " batch"]:
@@ -67,7 +105,7 @@ def target_loss(
     at_once = LOGITS_AT_ONCE[residual.device.type == "cpu"] // (suffix.shape[1] * model.cfg.d_vocab)
     losses = []
     for rows, gold in zip(residual.split(max(at_once, 1)), suffix.split(max(at_once, 1)), strict=True):
-        logits = target_logits(model, rows, prompt_len).float()
+        logits = target_logits(model, rows).float()
         # flattened, since cross_entropy wants classes second and would copy transposed logits
         losses.append(cross_entropy(logits.flatten(0, 1), gold.flatten(), reduction="none").view(gold.shape))
     return torch.cat(losses).mean(dim=1)

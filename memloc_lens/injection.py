@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import post
-from memloc_lens.forward import final_residual, frozen, target_loss
+from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
 from memloc_lens.neurons import Neurons, neurons_taken
 from memloc_lens.sequence import MemorizedSequence
 
@@ -144,7 +144,7 @@ def _train(
             before = model(tokens, return_type="logits", stop_at_layer=first)
         for step in range(max_steps):
             with torch.enable_grad(), _changed(model, change(), gold):
-                residual = model(before, start_at_layer=first, stop_at_layer=model.cfg.n_layers)
+                residual = run_layers(model, before, first, prompt_len=1)
                 loss = target_loss(model, residual, tokens, prompt_len=1).sum()
             if loss.item() < wanted:
                 return change().detach(), step
@@ -178,4 +178,4 @@ def _changed(
 
 def _loss(model: HookedTransformer, tokens: Int[Tensor, "1 pos"]) -> float:
     with torch.no_grad(), frozen(model):
-        return target_loss(model, final_residual(model, tokens), tokens, prompt_len=1).item()
+        return target_loss(model, final_residual(model, tokens, 1), tokens, prompt_len=1).item()

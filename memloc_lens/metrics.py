@@ -37,7 +37,7 @@ def teacher_forced(model: HookedTransformer, sequences: Sequence[MemorizedSequen
     """
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
     for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
-        logits = target_logits(model, final_residual(model, tokens), prompt_len)
+        logits = target_logits(model, final_residual(model, tokens, prompt_len))
         for place, predicted in zip(places, logits.argmax(dim=-1).cpu(), strict=True):
             predictions[place] = predicted
     return predictions
@@ -106,7 +106,7 @@ def suffix_loss(
     """Mean of -log p(token | all before it) over each suffix, in nats."""
     losses = torch.zeros(len(sequences))
     for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
-        losses[places] = target_loss(model, final_residual(model, tokens), tokens, prompt_len).cpu()
+        losses[places] = target_loss(model, final_residual(model, tokens, prompt_len), tokens, prompt_len).cpu()
     return losses
 
 
@@ -121,7 +121,7 @@ def perplexity(model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: in
         rows: text the model is not meant to know by heart; see `text_rows`.
         batch: rows at a time.
     """
-    losses = [target_loss(model, final_residual(model, part), part, prompt_len=1) for part in rows.split(batch)]
+    losses = [target_loss(model, final_residual(model, part, 1), part, 1) for part in rows.split(batch)]
     return math.exp(torch.cat(losses).double().mean().item())
 
 

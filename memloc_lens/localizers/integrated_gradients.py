@@ -97,7 +97,7 @@ def _attributions(
         hooks += _clean_past_hooks(model, cache, later, row)
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         residual = model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
-        probabilities = target_logits(model, residual, prompt_len).float().softmax(dim=-1)
+        probabilities = target_logits(model, residual[:, prompt_len - 1 : -1]).float().softmax(dim=-1)
         gold = probabilities.gather(2, tokens[row, prompt_len:, None])
         (gradients,) = torch.autograd.grad(gold.sum(), activations)
     targets = slice(prompt_len - 1, -1)

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import mask, post
-from memloc_lens.forward import norm_after_mlp, target_loss
+from memloc_lens.forward import norm_after_mlp, run_layers, target_loss
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import MemorizedSequence
 
@@ -129,7 +129,7 @@ def _train(
 ) -> Float[Tensor, "batch layer neuron"]:
     """Run Adam on the parameters until every sequence has reached its stop, or the steps are over."""
     optimizer = torch.optim.Adam([parameters], lr=settings.lr)
-    masked = _masked_residual(model, tokens, settings.first_layer)
+    masked = _masked_residual(model, tokens, settings.first_layer, prompt_len)
     result = parameters.detach().clone()
     running = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     for step in range(settings.steps):
@@ -149,9 +149,9 @@ def _train(
 
 
 def _masked_residual(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], first_layer: int
-) -> Callable[[Float[Tensor, "batch layer neuron"]], Float[Tensor, "batch pos d_model"]]:
-    """A function from masks to the final residual stream, which runs only what the masks change.
+    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], first_layer: int, prompt_len: int
+) -> Callable[[Float[Tensor, "batch layer neuron"]], Float[Tensor, "batch suffix d_model"]]:
+    """A function from masks to the final residual stream at the targets, which runs only what the masks change.
 
     Up to the neurons of the first masked layer everything is as in the clean pass, which is run once; masking these
     adds the change of their activations times `W_out` to the stream.
@@ -160,9 +160,9 @@ def _masked_residual(
         with torch.no_grad():
             before = model(tokens, return_type="logits", stop_at_layer=first_layer)
 
-        def run_all(values: Float[Tensor, "batch layer neuron"]) -> Float[Tensor, "batch pos d_model"]:
+        def run_all(values: Float[Tensor, "batch layer neuron"]) -> Float[Tensor, "batch suffix d_model"]:
             with mask(model, values, first_layer):
-                return model(before, start_at_layer=first_layer, stop_at_layer=model.cfg.n_layers)
+                return run_layers(model, before, first_layer, prompt_len)
 
         return run_all
 
@@ -172,10 +172,10 @@ def _masked_residual(
     activations, clean = (cache[name] for name in names)
     rows = model.blocks[first_layer].mlp.W_out
 
-    def run_later(values: Float[Tensor, "batch layer neuron"]) -> Float[Tensor, "batch pos d_model"]:
+    def run_later(values: Float[Tensor, "batch layer neuron"]) -> Float[Tensor, "batch suffix d_model"]:
         change = activations * (values[:, 0] - 1).to(activations).unsqueeze(1)
         with mask(model, values[:, 1:], first_layer + 1):
-            return model(clean + change @ rows, start_at_layer=first_layer + 1, stop_at_layer=model.cfg.n_layers)
+            return run_layers(model, clean + change @ rows, first_layer + 1, prompt_len)
 
     return run_later
 

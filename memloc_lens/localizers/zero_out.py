@@ -25,7 +25,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
 
 from memloc_lens.ablation import mask, post
-from memloc_lens.forward import final_residual, norm_after_mlp, target_loss
+from memloc_lens.forward import final_residual, norm_after_mlp, run_layers, target_loss
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.neurons import top_neurons
@@ -66,7 +66,7 @@ class ZeroOut:
             stop_at_layer=model.cfg.n_layers,
             names_filter=lambda name: name.endswith(("mlp.hook_post", "hook_resid_pre", "hook_resid_post")),
         )
-        clean_loss = target_loss(model, residual, tokens, prompt_len)
+        clean_loss = target_loss(model, residual[:, prompt_len - 1 : -1], tokens, prompt_len)
         chosen = self._candidates(model, tokens, prompt_len)
         size = rows_at_once(model, tokens.shape[1], tokens.shape[1] - prompt_len)
         scores = torch.zeros(chosen.shape, device=tokens.device)
@@ -95,7 +95,7 @@ def estimated_rises(
     """The rises that ZeroOut measures, to first order: minus the gradient of the loss by a mask of ones, in nats."""
     ones = torch.ones(len(tokens), model.cfg.n_layers, model.cfg.d_mlp, device=tokens.device, requires_grad=True)
     with torch.enable_grad(), mask(model, ones):
-        losses = target_loss(model, final_residual(model, tokens), tokens, prompt_len)
+        losses = target_loss(model, final_residual(model, tokens, prompt_len), tokens, prompt_len)
         (gradient,) = torch.autograd.grad(losses.sum(), ones)
     return -gradient
 
@@ -111,7 +111,7 @@ def _losses_without(
     """The suffix losses with one neuron of `layer` zeroed; a pair is a row of the batch and the neuron."""
     row, neuron = pairs.unbind(dim=1)
     residuals = _residuals_without(model, cache, layer, row, neuron)
-    residuals = model(residuals, start_at_layer=layer + 1, stop_at_layer=model.cfg.n_layers)
+    residuals = run_layers(model, residuals, layer + 1, prompt_len)
     return target_loss(model, residuals, tokens[row], prompt_len)
 
 

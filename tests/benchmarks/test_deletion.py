@@ -150,6 +150,8 @@ def test_other_ablations(tmp_path, ablation):
         ({"ratios": (0.1, 0.1)}, "name each once"),
         ({"limit": -1}, "limit is -1"),
         ({"batch": 0}, "batch is 0"),
+        ({"memory": "lots"}, "memory is 'lots'; write an amount"),
+        ({"memory": "1MiB"}, "taken by the model and Python already"),
         ({"first_layer": 3}, "has layers 0 to 2"),
         ({"ablation": "mean"}, "no tokenizer"),
     ],
