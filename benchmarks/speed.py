@@ -1,9 +1,10 @@
-"""How fast the localizers are against their formulas written down: same model, sequences and machine, in one run.
+"""How fast the localizers are against their formulas written down: same weights, sequences and machine, in one run.
 
     python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
     python benchmarks/speed.py --shape pythia-6.9b --device cuda --dtype bfloat16 --no-naive
 
-Weights are random: speed does not depend on them. Every measurement has a process of its own, so that its peak of
+The formulas (`naive.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` gives it, with the
+same weights. These are random: speed does not depend on them. Every measurement has a process of its own, so that its peak of
 memory is its own; each is run once to time it and once more to count the FLOPs of its matrix products.
 """
 
@@ -116,8 +117,8 @@ class Job:
     scores: str = ""
 
 
-def build(shape: Shape, device: str, dtype: torch.dtype) -> HookedTransformer:
-    """A model of a shape with random weights, the same ones each time."""
+def build(shape: Shape, device: str, dtype: torch.dtype, plain: bool) -> HookedTransformer:
+    """A model of a shape with random weights, the same ones each time; as TransformerLens has it, or as we load it."""
     cfg = HookedTransformerConfig(
         n_layers=shape.layers,
         d_model=shape.width,
@@ -140,7 +141,8 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> HookedTransformer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         model = HookedTransformer(cfg)
-    prepare(model)
+    if not plain:
+        prepare(model)
     return model.eval()
 
 
@@ -148,7 +150,7 @@ def measure(job: Job) -> dict[str, float]:
     """Run a job, in its own process: seconds, FLOPs where counted, and peak bytes above the loaded model."""
     if job.threads:
         torch.set_num_threads(job.threads)
-    model = build(job.shape, job.device, getattr(torch, job.dtype))
+    model = build(job.shape, job.device, getattr(torch, job.dtype), plain=job.is_naive)
     draw = torch.Generator().manual_seed(1)
     rows = torch.randint(job.shape.vocabulary, (job.sequences, job.shape.tokens), generator=draw)
     sequences = [MemorizedSequence(row, job.shape.prompt) for row in rows]
@@ -278,7 +280,7 @@ def scaling(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
         for field, values in changes.items():
             results[name][field] = {}
             for value in values:
-                shape = replace(base, **{field: value}, prompt=16)
+                shape = replace(base, prompt=16, **{field: value})
                 job = Job(shape, localizer, count, settings.device, settings.dtype, settings.threads)
                 results[name][field][str(value)] = in_own_process(job)["seconds"]
     return results

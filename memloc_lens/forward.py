@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
-LOGITS_AT_ONCE = {True: 2**22, False: 2**28}
+LOGITS_AT_ONCE = {True: 2**20, False: 2**28}
 """Logits that are held at a time, on a CPU and elsewhere."""
 
 
@@ -98,17 +99,51 @@ def target_loss(
 ) -> Float[Tensor, " batch"]:
     """Suffix loss of each row: mean over the suffix of -log p(token | all before it), in nats, in float32.
 
-    Rows are unembedded a few at a time: logits are by far the largest tensor of a forward pass, and on a processor
-    those that leave its cache cost more than the product that makes them.
+    Logits are by far the largest tensor of a forward pass, and those that leave a processor's cache cost more than the
+    product that makes them. So they are made a few at a time, and where a gradient is wanted and the weights are
+    frozen, it is taken on the spot.
     """
     suffix = tokens[:, prompt_len:].to(residual.device)
-    at_once = LOGITS_AT_ONCE[residual.device.type == "cpu"] // (suffix.shape[1] * model.cfg.d_vocab)
-    losses = []
-    for rows, gold in zip(residual.split(max(at_once, 1)), suffix.split(max(at_once, 1)), strict=True):
-        logits = target_logits(model, rows).float()
-        # flattened, since cross_entropy wants classes second and would copy transposed logits
-        losses.append(cross_entropy(logits.flatten(0, 1), gold.flatten(), reduction="none").view(gold.shape))
-    return torch.cat(losses).mean(dim=1)
+    if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad:
+        logits = target_logits(model, residual).float()
+        return cross_entropy(logits.transpose(1, 2), suffix, reduction="none").mean(dim=1)
+    normalized = model.ln_final(residual)
+    wants_gradient = torch.is_grad_enabled() and normalized.requires_grad
+    losses = _UnembeddedLoss.apply(
+        normalized.flatten(0, 1), model.unembed.W_U, model.unembed.b_U, suffix.flatten(), wants_gradient
+    )
+    return losses.view(suffix.shape).mean(dim=1)
+
+
+class _UnembeddedLoss(torch.autograd.Function):
+    """-log p of the gold token from the normalized stream; keeps the gradient by it in place of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        normalized: Float[Tensor, "target d_model"],
+        weight: Float[Tensor, "d_model d_vocab"],
+        bias: Float[Tensor, " d_vocab"],
+        gold: Int[Tensor, " target"],
+        wants_gradient: bool,
+    ) -> Float[Tensor, " target"]:
+        losses, gradients = [], []
+        at_once = max(1, LOGITS_AT_ONCE[gold.device.type == "cpu"] // weight.shape[1])
+        for part, wanted in zip(normalized.split(at_once), gold.split(at_once), strict=True):
+            log_probs = linear(part, weight.T, bias).float().log_softmax(dim=-1)
+            losses.append(-log_probs.gather(1, wanted[:, None])[:, 0])
+            if wants_gradient:
+                change = log_probs.exp_()  # softmax minus one-hot is the derivative by the logits
+                change[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
+                gradients.append(change.to(weight.dtype) @ weight.T)
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, *by_losses: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * by_losses[0][:, None]).to(gradient.dtype), None, None, None, None
 
 
 def norm_after_mlp(model: HookedTransformer) -> bool:

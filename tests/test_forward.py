@@ -1,9 +1,10 @@
 import pytest
 import torch
 from conftest import PROMPT, random_sequence
+from torch.nn.functional import cross_entropy
 
-from memloc_lens import Neurons, ablate
-from memloc_lens.forward import final_residual, kept_prefix, run_layers, target_logits
+from memloc_lens import Neurons, ablate, forward
+from memloc_lens.forward import final_residual, kept_prefix, run_layers, target_logits, target_loss
 from memloc_lens.metrics import teacher_forced
 
 
@@ -47,3 +48,22 @@ def test_the_last_layer_at_the_targets_alone_is_the_whole_one(any_model, prompt_
             entering = any_model(tokens, stop_at_layer=start)
             residual = run_layers(any_model, entering, start, prompt_len)
             assert torch.allclose(target_logits(any_model, residual), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("at_once", [1, 200, 2**20])
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(any_model, monkeypatch, at_once):
+    monkeypatch.setattr(forward, "LOGITS_AT_ONCE", {True: at_once, False: at_once})
+    tokens = torch.stack([random_sequence(seed).tokens for seed in range(3)])
+    residual = final_residual(any_model, tokens, PROMPT).detach().requires_grad_(True)
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    logits = target_logits(any_model, residual)
+    expected = cross_entropy(logits.transpose(1, 2), tokens[:, PROMPT:], reduction="none").mean(dim=1)
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), residual)
+    with forward.frozen(any_model):
+        losses = target_loss(any_model, residual, tokens, PROMPT)
+        (fast,) = torch.autograd.grad((losses * weights).sum(), residual)
+        with torch.no_grad():
+            assert torch.equal(target_loss(any_model, residual, tokens, PROMPT), losses)
+    assert torch.allclose(losses.double(), expected, atol=1e-5)
+    assert torch.allclose(fast, gradient, atol=1e-6)
+    assert torch.allclose(target_loss(any_model, residual, tokens, PROMPT).double(), expected, atol=1e-5)
