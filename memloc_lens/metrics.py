@@ -110,7 +110,6 @@ def suffix_loss(
     return losses
 
 
-@torch.no_grad()
 def perplexity(model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16) -> float:
     """exp of the mean negative log-likelihood (nats) over all tokens of the rows but each row's first.
 
@@ -119,10 +118,17 @@ def perplexity(model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: in
     Args:
         model: used as it is, ablated or not.
         rows: text the model is not meant to know by heart; see `text_rows`.
-        batch: rows at a time.
+        batch: rows at a time, at the most.
     """
-    losses = [target_loss(model, final_residual(model, part, 1), part, 1) for part in rows.split(batch)]
-    return math.exp(torch.cat(losses).double().mean().item())
+    return math.exp(row_losses(model, rows, batch).mean().item())
+
+
+@torch.no_grad()
+def row_losses(model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16) -> Float[Tensor, " row"]:
+    """The mean negative log-likelihood (nats) of each row, over all its tokens but the first."""
+    size = min(batch, rows_at_once(model, rows.shape[1], rows.shape[1]))
+    losses = [target_loss(model, final_residual(model, part, 1), part, 1) for part in rows.split(size)]
+    return torch.cat(losses).double().cpu()
 
 
 def text_rows(model: HookedTransformer, texts: Sequence[str], tokens: int, length: int = 128) -> Int[Tensor, "row pos"]:

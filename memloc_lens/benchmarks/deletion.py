@@ -11,6 +11,7 @@ Chang et al. (2024), sec. 3.2. For each target sequence and method:
 A good localizer lowers self accuracy and leaves the rest alone.
 """
 
+import math
 import random
 import statistics
 import time
@@ -29,10 +30,18 @@ from transformer_lens import HookedTransformer
 from memloc_lens.ablation import ablate, mean_activations
 from memloc_lens.benchmarks.records import RunFolder
 from memloc_lens.benchmarks.runner import RunSettings, check, check_ids, command_line, open_folder, published
-from memloc_lens.benchmarks.statistics import summarize
+from memloc_lens.benchmarks.statistics import mean_interval, summarize
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import kept_prefix
-from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
+from memloc_lens.metrics import (
+    free_running,
+    perplexity,
+    row_losses,
+    suffix_accuracy,
+    teacher_forced,
+    text_distance,
+    text_rows,
+)
 from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
@@ -120,8 +129,9 @@ def run(settings: Settings) -> dict[str, Any]:
         settings: of the run; those that decide records must equal those of an earlier run in the same folder.
 
     Returns:
-        What `summary.json` holds: benchmark, model, the state `before` any ablation, and for each method, ratio
-        and metric the mean change with its 95% interval. Accuracies are in points, distances in characters.
+        What `summary.json` holds: benchmark, model, the state `before` any ablation, for each method, ratio and metric
+        the mean change with its 95% interval, and how well the `text` tells a perplexity. Accuracies are in points,
+        distances in characters.
 
     Raises:
         ValueError: for settings, files or a run folder that cannot be used, before any long work.
@@ -152,6 +162,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "methods": summarize(folder.records, METRICS),
         "published": published(settings),
     }
+    if material.text is not None:
+        summary["text"] = _text_perplexity(material, settings.batch)
     folder.write_summary(summary)
     return summary
 
@@ -169,6 +181,13 @@ def _run_cases(settings: Settings, material: Material, folder: RunFolder, total:
                     folder.append(_record(settings, material, before, case, recalled))
                     progress.update()
     return before
+
+
+def _text_perplexity(material: Material, batch: int) -> dict[str, Any]:
+    """The perplexity before any ablation, with its 95% interval over the rows of the text: how much a sample tells."""
+    assert material.text is not None
+    interval = mean_interval(row_losses(material.model, material.text, batch).tolist())
+    return {"tokens": material.text.numel()} | {end: math.exp(interval[end]) for end in ("mean", "low", "high")}
 
 
 def _default_ratios(settings: Settings) -> tuple[float, ...]:

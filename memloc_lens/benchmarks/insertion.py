@@ -91,6 +91,15 @@ class Settings(RunSettings):
     slimming: Slimming = field(default_factory=lambda: Slimming(steps=200, lr=1e-3, penalty=1200.0))
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One injection: a text, the ratio it is written at, and its place in the data."""
+
+    text: MemorizedSequence
+    ratio: float
+    place: int
+
+
 def main() -> None:
     """The command line: ``python -m memloc_lens.benchmarks.inj --help``."""
     command_line(Settings, "memloc_lens.benchmarks.inj", __doc__, run)
@@ -135,18 +144,21 @@ def run(settings: Settings) -> dict[str, Any]:
     texts = texts[: settings.limit or None]
     folder = open_folder(settings, model, texts, [], records=len(texts) * len(ratios) * len(settings.methods))
 
-    cells = [(place, text, ratio) for place, text in enumerate(texts) for ratio in ratios]
-    left = [cell for cell in cells if not _is_done(folder, settings, *cell[1:])]
+    cells = [Cell(text, ratio, place) for place, text in enumerate(texts) for ratio in ratios]
+    left = [cell for cell in cells if not _is_done(folder, settings, cell)]
     with (
         settings.memory_budget(model),
         tqdm(total=len(cells), initial=len(cells) - len(left), desc="INJ", unit="injection") as progress,
     ):
-        for place, text, ratio in left:
+        for cell in left:
             progress.set_postfix_str("injecting")
             started = time.perf_counter()
-            with inject_cell(text, ratio, place) as injected:
+            with inject_cell(cell.text, cell.ratio, cell.place) as injected:
                 seconds = time.perf_counter() - started
-                _write_records(folder, settings, model, text, ratio, place, injected, seconds, progress)
+                if (cell.text.id, INJECTION, cell.ratio) not in folder:
+                    folder.append(_injection_record(model, cell, injected, seconds))
+                if injected.succeeded:
+                    _score_methods(folder, settings, model, cell, injected, progress)
             progress.update()
     summary = {
         "benchmark": "inj",
@@ -160,17 +172,13 @@ def run(settings: Settings) -> dict[str, Any]:
     return summary
 
 
-def _is_done(folder: RunFolder, settings: Settings, text: MemorizedSequence, ratio: float) -> bool:
+def _is_done(folder: RunFolder, settings: Settings, cell: Cell) -> bool:
     """Whether all records of an injection are there; of one that failed there is no other."""
-    if any(
-        _is_failed(record) and (record["sequence"], record["ratio"]) == (text.id, ratio) for record in folder.records
-    ):
-        return True
-    return all((text.id, method, ratio) in folder for method in (INJECTION, *settings.methods))
-
-
-def _is_failed(record: Record) -> bool:
-    return record["method"] == INJECTION and not record["succeeded"]
+    of_cell = [
+        record for record in folder.records if (record["sequence"], record["ratio"]) == (cell.text.id, cell.ratio)
+    ]
+    failed = any(record["method"] == INJECTION and not record["succeeded"] for record in of_cell)
+    return failed or {INJECTION, *settings.methods} <= {record["method"] for record in of_cell}
 
 
 def _inject(
@@ -188,31 +196,26 @@ def _inject(
     )
 
 
-def _write_records(
+def _score_methods(
     folder: RunFolder,
     settings: Settings,
     model: HookedTransformer,
-    text: MemorizedSequence,
-    ratio: float,
-    place: int,
+    cell: Cell,
     injected: Injection,
-    inject_seconds: float,
     progress: tqdm,
 ) -> None:
-    """Write the records of one injection that are not there yet, in the order of the methods."""
-    by_norm = auroc(WeightNorm()(model, text), injected.neurons)
-    if (text.id, INJECTION, ratio) not in folder:
-        folder.append(_injection_record(text, ratio, injected, by_norm, inject_seconds))
-    for method in settings.methods if injected.succeeded else ():
-        if (text.id, method, ratio) in folder:
+    """Write the records of an injection that are not there yet, in the order of the methods."""
+    by_norm = auroc(WeightNorm()(model, cell.text), injected.neurons)
+    for method in settings.methods:
+        if (cell.text.id, method, cell.ratio) in folder:
             continue
         progress.set_postfix_str(method)
-        name = f"{method}-{ratio:g}-{place:05d}"
-        kept = folder.scores(name, partial(_localize, settings, method, model, text, injected.neurons))
-        metrics = score_metrics(kept["scores"], injected.neurons, ratio)
+        name = f"{method}-{cell.ratio:g}-{cell.place:05d}"
+        kept = folder.scores(name, partial(_localize, settings, method, model, cell.text, injected.neurons))
+        metrics = score_metrics(kept["scores"], injected.neurons, cell.ratio)
         metrics["auroc_net"] = metrics["auroc"] - by_norm
         folder.append(
-            {"sequence": text.id, "method": method, "ratio": ratio}
+            {"sequence": cell.text.id, "method": method, "ratio": cell.ratio}
             | {metric: round(value, 6) for metric, value in metrics.items()}
             | {"localize_seconds": round(kept["seconds"].item(), 3)}
         )
@@ -226,18 +229,16 @@ def _localize(
     return {"scores": scores, "gold": gold.members, "seconds": torch.tensor(time.perf_counter() - started)}
 
 
-def _injection_record(
-    text: MemorizedSequence, ratio: float, injected: Injection, by_norm: float, seconds: float
-) -> Record:
+def _injection_record(model: HookedTransformer, cell: Cell, injected: Injection, seconds: float) -> Record:
     return {
-        "sequence": text.id,
+        "sequence": cell.text.id,
         "method": INJECTION,
-        "ratio": ratio,
+        "ratio": cell.ratio,
         "neurons": len(injected.neurons),
         "loss": round(injected.loss, 6),
         "steps": injected.steps,
         "succeeded": injected.succeeded,
-        "auroc_weight_norm": round(by_norm, 6),
+        "auroc_weight_norm": round(auroc(WeightNorm()(model, cell.text), injected.neurons), 6),
         "auroc_norm_change": round(auroc(injected.norm_change, injected.neurons), 6),
         "inject_seconds": round(seconds, 3),
     }

@@ -94,6 +94,12 @@ def print_table(summary: dict[str, Any], console: Console | None = None) -> None
                 paper = (f"{figures[c.metric]:{c.form}}" if c.metric in figures else "" for c in columns)
                 table.add_row("  published", *paper, style="dim")
         console.print(table)
+    if text := summary.get("text"):
+        console.print(
+            f"PPL is of {text['tokens']} tokens: {text['mean']:.1f} before, 95% interval {text['low']:.1f} to "
+            f"{text['high']:.1f} over rows of the text",
+            highlight=False,
+        )
     for ratio, injections in summary.get("injections", {}).items():
         if injections["failed"]:
             console.print(f"{_share(ratio)} of all neurons were too few for {', '.join(injections['failed'])}")
