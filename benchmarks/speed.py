@@ -3,8 +3,8 @@
     python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
     python benchmarks/speed.py --shape pythia-6.9b --device cuda --dtype bfloat16 --no-naive
 
-The formulas (`naive.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` gives it, with the
-same weights. These are random: speed does not depend on them. Every measurement has a process of its own, so that its
+The formulas (`formulas.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` gives it, with
+the same weights. These are random: speed does not depend on them. Every measurement has a process of its own, so that its
 peak of memory is its own. Localizers run three times, of which the median counts, formulas once, and both once more to
 count the FLOPs of their matrix products.
 """
@@ -45,7 +45,7 @@ from memloc_lens import (
 from memloc_lens.models import prepare
 
 sys.path.insert(0, str(Path(__file__).parent))
-import naive
+import formulas
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def measure(job: Job) -> dict[str, float]:
     draw = torch.Generator().manual_seed(1)
     rows = torch.randint(job.shape.vocabulary, (job.sequences, job.shape.tokens), generator=draw)
     sequences = [MemorizedSequence(row, job.shape.prompt) for row in rows]
-    score = partial(naive.score, job.localizer) if job.is_naive else job.localizer
+    score = partial(formulas.score, job.localizer) if job.is_naive else job.localizer
     score(model, [MemorizedSequence(rows[0, :8], 4)])  # what is set up once
     if job.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

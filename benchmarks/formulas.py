@@ -73,7 +73,7 @@ def zero_out(settings: ZeroOut, model: HookedTransformer, sequence: MemorizedSeq
 
             rows = tokens.expand(len(neurons), -1)
             losses = suffix_losses(model, rows, sequence.prompt_len, [(post(layer), zero_one_each)])
-            scores[layer, neurons] = losses - clean
+            scores[layer, neurons] = (losses - clean).float()
     return scores
 
 
