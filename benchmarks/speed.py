@@ -4,9 +4,9 @@
     python benchmarks/speed.py --shape pythia-6.9b --device cuda --dtype bfloat16 --no-naive
 
 The formulas (`formulas.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` gives it, with
-the same weights. These are random: speed does not depend on them. Every measurement has a process of its own, so that its
-peak of memory is its own. Localizers run three times, of which the median counts, formulas once, and both once more to
-count the FLOPs of their matrix products.
+the same weights. These are random: speed does not depend on them. Every measurement has a process of its own, so that
+its peak of memory is its own. Localizers run three times, of which the median counts, formulas once, and both once more
+to count the FLOPs of their matrix products. Results are written after each stage.
 """
 
 import json
@@ -84,6 +84,7 @@ class Settings:
         scaling: time against the numbers of layers, tokens and neurons too.
         memory: budget of one more run of each localizer, whose peak is then shown; empty leaves it out.
         threads: of the processor; 0 leaves it to torch.
+        repeats: runs of each localizer, of which the median counts.
         out: JSON file for the results.
     """
 
@@ -102,6 +103,7 @@ class Settings:
     scaling: bool = True
     memory: str = "1GiB"
     threads: int = 0
+    repeats: int = 3
     out: Path | None = None
 
 
@@ -115,6 +117,7 @@ class Job:
     device: str
     dtype: str
     threads: int
+    repeats: int
     is_naive: bool = False
     count: bool = False
     memory: str = ""
@@ -170,7 +173,7 @@ def measure(job: Job) -> dict[str, float]:
         return {"flops": counter.get_total_flops()}
     times = []
     with memory_budget(job.memory, job.device) if job.memory else nullcontext():
-        for _ in range(1 if job.is_naive else 3):
+        for _ in range(1 if job.is_naive else job.repeats):
             started = time.perf_counter()
             scores = score(model, sequences).cpu()
             times.append(time.perf_counter() - started)
@@ -226,7 +229,7 @@ def compare(settings: Settings, rate: float, folder: Path) -> dict[str, dict[str
     for name, localizer in localizers(settings).items():
         count = settings.sequences if name in ("slimming", "hard-concrete") else 1
         job = Job(
-            SHAPES[settings.shape], localizer, count, settings.device, settings.dtype, settings.threads,
+            SHAPES[settings.shape], localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats,
             scores=str(folder / f"{name}.safetensors"),
         )  # fmt: skip
         fast = in_own_process(job)
@@ -257,7 +260,7 @@ def screen(settings: Settings, folder: Path) -> dict[str, dict[str, float]]:
     for share in (0.05, 0.1, 0.25):
         path = str(folder / "candidates.safetensors")
         job = Job(
-            SHAPES[settings.shape], ZeroOut(candidates=share), 1, settings.device, settings.dtype, settings.threads,
+            SHAPES[settings.shape], ZeroOut(candidates=share), 1, settings.device, settings.dtype, settings.threads, settings.repeats,
             scores=path,
         )  # fmt: skip
         seconds = in_own_process(job)["seconds"]
@@ -282,7 +285,7 @@ def scaling(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
             results[name][field] = {}
             for value in values:
                 shape = replace(base, prompt=16, **{field: value})
-                job = Job(shape, localizer, count, settings.device, settings.dtype, settings.threads)
+                job = Job(shape, localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats)
                 results[name][field][str(value)] = in_own_process(job)["seconds"]
     return results
 
@@ -337,21 +340,22 @@ def main() -> None:
     """Measure, print, and keep the results."""
     settings = tyro.cli(Settings, description=__doc__)
     rate = product_rate(settings.device, getattr(torch, settings.dtype))
+    as_text = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
+    result: dict[str, Any] = {"settings": as_text, "machine": machine(settings)}
+    result["machine"]["product_gflops"] = round(rate / 1e9, 1)
+
+    def keep(stage: str, figures: dict[str, Any]) -> None:
+        result[stage] = figures
+        if settings.out:
+            settings.out.write_text(json.dumps(result, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
-        result: dict[str, Any] = {
-            "settings": {
-                key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()
-            },
-            "machine": machine(settings) | {"product_gflops": round(rate / 1e9, 1)},
-            "localizers": compare(settings, rate, Path(folder)),
-        }
+        keep("localizers", compare(settings, rate, Path(folder)))
         if "zero-out" in settings.methods:
-            result["candidates"] = screen(settings, Path(folder))
+            keep("candidates", screen(settings, Path(folder)))
     if settings.scaling:
-        result["scaling"] = scaling(settings)
+        keep("scaling", scaling(settings))
     show(result)
-    if settings.out:
-        settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

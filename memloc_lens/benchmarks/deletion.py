@@ -11,9 +11,7 @@ Chang et al. (2024), sec. 3.2. For each target sequence and method:
 A good localizer lowers self accuracy and leaves the rest alone.
 """
 
-import math
 import random
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -22,35 +20,33 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
-from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate, mean_activations
+from memloc_lens.benchmarks.measurement import (
+    METRICS,
+    Material,
+    State,
+    forced_recall,
+    metrics_of,
+    perplexity_now,
+    recall_of,
+    text_interval,
+)
 from memloc_lens.benchmarks.records import RunFolder
 from memloc_lens.benchmarks.runner import RunSettings, check, check_ids, command_line, open_folder, published
-from memloc_lens.benchmarks.statistics import mean_interval, summarize
+from memloc_lens.benchmarks.statistics import summarize
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import kept_prefix
 from memloc_lens.metrics import (
     free_running,
-    perplexity,
-    row_losses,
-    suffix_accuracy,
-    teacher_forced,
-    text_distance,
     text_rows,
 )
 from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
-GROUPS = ("neg", "neg_related", "neg_unrelated", "control")
-METRICS = (
-    *(f"{group}_{measure}" for group in ("self", "self_free", *GROUPS) for measure in ("acc", "dist")),
-    "ppl",
-)  # fmt: skip
 EMBEDDED_RATIOS, RATIOS = (0.01, 0.05, 0.1), (0.001, 0.005)
 
 
@@ -100,23 +96,6 @@ class Settings(RunSettings):
         return replace(localizer, first_layer=self.first_layer) if has_first_layer else localizer
 
 
-@dataclass(frozen=True)
-class Material:
-    """Everything a run reads: the model, the sequences it measures on, and the text."""
-
-    model: HookedTransformer
-    targets: list[MemorizedSequence]
-    others: list[MemorizedSequence]
-    controls: list[MemorizedSequence]
-    text: Int[Tensor, "row pos"] | None
-    means: Float[Tensor, "layer neuron"] | None
-    """Mean activations over the text, where dropped neurons are set to them."""
-
-    def negatives(self, target: MemorizedSequence) -> list[MemorizedSequence]:
-        """The other memorized sequences without the target itself."""
-        return [sequence for sequence in self.others if sequence.id != target.id]
-
-
 def main() -> None:
     """The command line: ``python -m memloc_lens.benchmarks.del --help``."""
     command_line(Settings, "memloc_lens.benchmarks.del", __doc__, run)
@@ -152,7 +131,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     with settings.memory_budget(material.model), kept_prefix(settings.first_layer):
         before = _run_cases(settings, material, folder, total)
-    earlier = [{"method": "before", "ratio": 0.0} | _metrics(material, target, before) for target in material.targets]
+    earlier = [{"method": "before", "ratio": 0.0} | metrics_of(material, target, before) for target in material.targets]
     summary = {
         "benchmark": "del",
         "model": settings.model,
@@ -163,31 +142,22 @@ def run(settings: Settings) -> dict[str, Any]:
         "published": published(settings),
     }
     if material.text is not None:
-        summary["text"] = _text_perplexity(material, settings.batch)
+        summary["text"] = text_interval(material)
     folder.write_summary(summary)
     return summary
 
 
-def _run_cases(settings: Settings, material: Material, folder: RunFolder, total: int) -> "State":
+def _run_cases(settings: Settings, material: Material, folder: RunFolder, total: int) -> State:
     """Write every record that is not there yet; returns the state before any ablation."""
-    forced, text_perplexity = _state(settings, material, material.targets)
-    generated = free_running(material.model, material.targets, settings.batch)
-    before = State(forced, _recall(material.model, material.targets, generated), text_perplexity)
+    free = recall_of(material.model, material.targets, free_running(material.model, material.targets, material.batch))
+    before = State(forced_recall(material, material.targets), free, perplexity_now(material))
     with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
         for cases in _localize(settings, material, folder, progress):
-            free = _free_recall(settings, material, cases)
-            for case, recalled in zip(cases, free, strict=True):
+            for case, recalled in zip(cases, _free_recall(settings, material, cases), strict=True):
                 if case.key not in folder:
                     folder.append(_record(settings, material, before, case, recalled))
                     progress.update()
     return before
-
-
-def _text_perplexity(material: Material, batch: int) -> dict[str, Any]:
-    """The perplexity before any ablation, with its 95% interval over the rows of the text: how much a sample tells."""
-    assert material.text is not None
-    interval = mean_interval(row_losses(material.model, material.text, batch).tolist())
-    return {"tokens": material.text.numel()} | {end: math.exp(interval[end]) for end in ("mean", "low", "high")}
 
 
 def _default_ratios(settings: Settings) -> tuple[float, ...]:
@@ -221,6 +191,7 @@ def _material(settings: Settings) -> Material:
         controls=_draw(controls, settings.controls, settings.seed),
         text=text,
         means=means,
+        batch=settings.batch,
     )
 
 
@@ -276,14 +247,13 @@ def _localize(settings: Settings, material: Material, folder: RunFolder, progres
 
 
 def _record(
-    settings: Settings, material: Material, before: "State", case: Case, free: dict[str, float]
+    settings: Settings, material: Material, before: State, case: Case, free: dict[str, float]
 ) -> dict[str, Any]:
     started = time.perf_counter()
     target = case.target
     with _ablated(settings, material, case.neurons):
-        forced, text_perplexity = _state(settings, material, [target])
-    after = State(forced, {target.id: free}, text_perplexity)
-    metrics, earlier = _metrics(material, target, after), _metrics(material, target, before)
+        after = State(forced_recall(material, [target]), {target.id: free}, perplexity_now(material))
+    metrics, earlier = metrics_of(material, target, after), metrics_of(material, target, before)
     return {
         "sequence": target.id,
         "method": case.method,
@@ -299,73 +269,14 @@ def _ablated(settings: Settings, material: Material, neurons: Neurons | list[Neu
     return ablate(material.model, neurons, settings.ablation, over=() if material.means is None else material.means)
 
 
-Recall = dict[str, dict[str, float]]
-"""For each sequence's id, the accuracy ("acc", points) and distance ("dist", characters) of its suffix."""
-
-
-@dataclass(frozen=True)
-class State:
-    """What the model recalls, ablated or not: teacher-forced, free-running, and its perplexity on the text."""
-
-    forced: Recall
-    free: Recall
-    perplexity: float | None
-
-
-def _state(settings: Settings, material: Material, targets: list[MemorizedSequence]) -> tuple[Recall, float | None]:
-    """Teacher-forced recall of targets and all others, and the perplexity of the text, under whatever is ablated.
-
-    The others go in the same batches whatever the targets, and targets one by one, so that prefixes serve again.
-    """
-    model = material.model
-    others = material.others + material.controls
-    forced = _recall(model, others, teacher_forced(model, others, settings.batch))
-    for target in targets:
-        if target.id not in forced:
-            forced |= _recall(model, [target], teacher_forced(model, [target]))
-    return forced, None if material.text is None else perplexity(model, material.text, settings.batch)
-
-
 def _free_recall(settings: Settings, material: Material, cases: list[Case]) -> list[dict[str, float]]:
     """Free-running recall of each case's target, generated side by side with other neurons ablated in each row."""
     recalled: list[dict[str, float]] = [{}] * len(cases)
     targets = [case.target for case in cases]
-    for places, _, _ in equal_length_batches(targets, settings.batch):
+    for places, _, _ in equal_length_batches(targets, material.batch):
         rows = [targets[place] for place in places]
         with _ablated(settings, material, [cases[place].neurons for place in places]):
             generated = free_running(material.model, rows, batch=len(rows))
         for place, target, suffix in zip(places, rows, generated, strict=True):
-            recalled[place] = _recall(material.model, [target], [suffix])[target.id]
+            recalled[place] = recall_of(material.model, [target], [suffix])[target.id]
     return recalled
-
-
-def _recall(
-    model: HookedTransformer, sequences: list[MemorizedSequence], predictions: list[Int[Tensor, " suffix"]]
-) -> Recall:
-    values = {"acc": suffix_accuracy(predictions, sequences).tolist()}
-    if model.tokenizer is not None:
-        values["dist"] = text_distance(model, predictions, sequences).tolist()
-    return {
-        sequence.id: {measure: value[place] for measure, value in values.items()}
-        for place, sequence in enumerate(sequences)
-    }
-
-
-def _metrics(material: Material, target: MemorizedSequence, state: State) -> dict[str, float]:
-    """Every metric of a target in a state; a group without members has none."""
-    negatives = material.negatives(target)
-    categories_known = all(sequence.category for sequence in [target, *negatives])
-    related = [sequence for sequence in negatives if set(sequence.category) & set(target.category)]
-    groups = {"self": [target], "neg": negatives, "control": material.controls}
-    if categories_known:
-        groups |= {"neg_related": related, "neg_unrelated": [other for other in negatives if other not in related]}
-    metrics = {
-        f"{group}_{measure}": statistics.fmean(state.forced[member.id][measure] for member in members)
-        for group, members in groups.items()
-        if members
-        for measure in state.forced[target.id]
-    }
-    metrics |= {f"self_free_{measure}": value for measure, value in state.free[target.id].items()}
-    if state.perplexity is not None:
-        metrics["ppl"] = state.perplexity
-    return {metric: metrics[metric] for metric in METRICS if metric in metrics}

@@ -26,7 +26,7 @@ def test_formulas_and_localizers_agree(tmp_path, localizer, rotary):
     for is_naive in (False, True):
         path = str(tmp_path / f"{is_naive}.safetensors")
         shape = speed.replace(TINY, rotary=rotary)
-        job = speed.Job(shape, localizer, 2, "cpu", "float64", 0, is_naive=is_naive, scores=path)
+        job = speed.Job(shape, localizer, 2, "cpu", "float64", 0, 1, is_naive=is_naive, scores=path)
         measured = speed.measure(job)
         assert measured["seconds"] > 0
         assert measured["peak_bytes"] > 0
@@ -35,7 +35,7 @@ def test_formulas_and_localizers_agree(tmp_path, localizer, rotary):
 
 
 def test_flops_are_counted():
-    job = speed.Job(TINY, ZeroOut(), 1, "cpu", "float32", 0)
+    job = speed.Job(TINY, ZeroOut(), 1, "cpu", "float32", 0, 1)
     fast = speed.measure(speed.replace(job, count=True))["flops"]
     slow = speed.measure(speed.replace(job, count=True, is_naive=True))["flops"]
     assert 0 < fast < slow
