@@ -191,6 +191,14 @@ def _peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def job_of(settings: Settings, localizer: Any, **changes: Any) -> Job:
+    """The measurement of a localizer: learned masks on many sequences side by side, the others on one."""
+    count = settings.sequences if isinstance(localizer, Slimming | HardConcrete) else 1
+    shape = SHAPES[settings.shape]
+    job = Job(shape, localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats)
+    return replace(job, **changes)
+
+
 def in_own_process(job: Job) -> dict[str, float]:
     """What `measure` gives, from a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -227,14 +235,10 @@ def compare(settings: Settings, rate: float, folder: Path) -> dict[str, dict[str
     """Each localizer against its formula."""
     results = {}
     for name, localizer in localizers(settings).items():
-        count = settings.sequences if name in ("slimming", "hard-concrete") else 1
-        job = Job(
-            SHAPES[settings.shape], localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats,
-            scores=str(folder / f"{name}.safetensors"),
-        )  # fmt: skip
+        job = job_of(settings, localizer, scores=str(folder / f"{name}.safetensors"))
         fast = in_own_process(job)
         flops = in_own_process(replace(job, count=True))["flops"]
-        row = {"sequences": count, **fast, "flops": flops, "of_rate": flops / fast["seconds"] / rate}
+        row = {"sequences": job.sequences, **fast, "flops": flops, "of_rate": flops / fast["seconds"] / rate}
         if settings.naive:
             slow_job = replace(job, is_naive=True, scores=str(folder / f"{name}-naive.safetensors"))
             slow = in_own_process(slow_job)
@@ -259,11 +263,7 @@ def screen(settings: Settings, folder: Path) -> dict[str, dict[str, float]]:
     exact = load_file(folder / "zero-out.safetensors")["scores"][0]
     for share in (0.05, 0.1, 0.25):
         path = str(folder / "candidates.safetensors")
-        job = Job(
-            SHAPES[settings.shape], ZeroOut(candidates=share), 1, settings.device, settings.dtype, settings.threads, settings.repeats,
-            scores=path,
-        )  # fmt: skip
-        seconds = in_own_process(job)["seconds"]
+        seconds = in_own_process(job_of(settings, ZeroOut(candidates=share), scores=path))["seconds"]
         found, wanted = (top_neurons(each, 0.01) for each in (load_file(path)["scores"][0], exact))
         results[str(share)] = {"seconds": seconds, "recall_of_top_1pct": 100 * len(found & wanted) / len(wanted)}
     return results
@@ -279,14 +279,12 @@ def scaling(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
     }
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name, localizer in localizers(settings).items():
-        count = settings.sequences if name in ("slimming", "hard-concrete") else 1
         results[name] = {}
         for field, values in changes.items():
             results[name][field] = {}
             for value in values:
                 shape = replace(base, prompt=16, **{field: value})
-                job = Job(shape, localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats)
-                results[name][field][str(value)] = in_own_process(job)["seconds"]
+                results[name][field][str(value)] = in_own_process(job_of(settings, localizer, shape=shape))["seconds"]
     return results
 
 

@@ -119,7 +119,10 @@ def test_metrics_of_a_model_with_a_tokenizer(tmp_path, embedded):
                         out=tmp_path, device="cpu")  # fmt: skip
     summary = run(settings)
     assert set(summary["methods"]["activations"]["0.1"]) == set(METRICS)
+    assert summary["text"]["tokens"] == 256
+    assert summary["text"]["low"] < summary["text"]["mean"] < summary["text"]["high"]
     before = summary["before"]
+    assert summary["text"]["mean"] == pytest.approx(before["ppl"]["mean"], rel=1e-5)
     target = load_sequences(embedded)[:1]
     assert before["self_acc"]["mean"] == pytest.approx(suffix_accuracy(teacher_forced(embedded, target), target).item())
     expected = text_distance(embedded, free_running(embedded, target), target).item()

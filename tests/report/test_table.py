@@ -89,3 +89,9 @@ def test_tuning_marks_what_was_chosen():
     )
     assert "60.0*" in rows["a lr=2"]
     assert "50.0 " in rows["a lr=1"]
+
+
+def test_how_well_the_text_tells_a_perplexity():
+    text = {"tokens": 1024, "mean": 75.8, "low": 70.1, "high": 81.2}
+    output, _ = shown(DELETION | {"text": text})
+    assert "PPL is of 1024 tokens: 75.8 before, 95% interval 70.1 to 81.2" in " ".join(output.split())
