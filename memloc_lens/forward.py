@@ -24,7 +24,8 @@ def final_residual(
     model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
 ) -> Float[Tensor, "batch suffix d_model"]:
     """The residual stream after the last layer, before the final norm, at the target positions; see `kept_prefix`."""
-    layer, kept = _prefix.get() or (0, {})
+    # a kept prefix has no graph, and must not keep one
+    layer, kept = (None if torch.is_grad_enabled() else _prefix.get()) or (0, {})
     key = repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()
     if key not in kept:
         kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=layer)
@@ -72,7 +73,8 @@ def _can_split_last_layer(model: HookedTransformer) -> bool:
 def kept_prefix(layer: int) -> Iterator[None]:
     """Let `final_residual` run the layers before `layer` once for each batch of tokens, and keep what they give.
 
-    For one model, of which only later layers are ablated while the context is open. It keeps a residual stream for
+    For one model, of which only later layers are ablated while the context is open, and for passes without gradients:
+    others run whole. It keeps a residual stream for
     every batch, which goes when the context closes.
     """
     token = _prefix.set((layer, {}) if layer > 0 else None)

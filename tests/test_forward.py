@@ -3,11 +3,12 @@ import torch
 from conftest import PROMPT, random_sequence
 from torch.nn.functional import cross_entropy
 
-from memloc_lens import Neurons, ablate, forward
+from memloc_lens import Neurons, ZeroOut, ablate, forward
 from memloc_lens.forward import final_residual, kept_prefix, run_layers, target_logits, target_loss
 from memloc_lens.metrics import teacher_forced
 
 
+@torch.no_grad()
 def test_a_kept_prefix_changes_nothing_and_runs_once(any_model):
     sequences = [random_sequence(seed) for seed in range(3)]
     tokens = torch.stack([sequence.tokens for sequence in sequences])
@@ -67,3 +68,12 @@ def test_the_loss_and_its_gradient_are_those_of_cross_entropy(any_model, monkeyp
     assert torch.allclose(losses.double(), expected, atol=1e-5)
     assert torch.allclose(fast, gradient, atol=1e-6)
     assert torch.allclose(target_loss(any_model, residual, tokens, PROMPT).double(), expected, atol=1e-5)
+
+
+def test_a_prefix_without_a_graph_is_not_used_for_gradients(gpt2):
+    sequence = random_sequence()
+    expected = ZeroOut(candidates=0.2)(gpt2, sequence)
+    with kept_prefix(1):
+        teacher_forced(gpt2, [sequence])
+        for _ in range(2):
+            assert torch.equal(ZeroOut(candidates=0.2)(gpt2, sequence), expected)
