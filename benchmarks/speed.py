@@ -4,9 +4,10 @@
     python benchmarks/speed.py --shape pythia-6.9b --device cuda --dtype bfloat16 --no-naive
 
 The formulas (`formulas.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` gives it, with
-the same weights. These are random: speed does not depend on them. Every measurement has a process of its own, so that
-its peak of memory is its own. Localizers run three times, of which the median counts, formulas once, and both once more
-to count the FLOPs of their matrix products. Results are written after each stage.
+the same weights. These are random: speed does not depend on them. To tell work saved from faster products, the
+formulas run once more on the localizers' model and with their matrix products. Every measurement has a process of its
+own, so that its peak of memory is its own. Localizers run three times, of which the median counts, formulas once, and
+both once more to count the FLOPs of their matrix products. Results are written after each stage.
 """
 
 import json
@@ -43,6 +44,7 @@ from memloc_lens import (
     top_neurons,
 )
 from memloc_lens.models import prepare
+from memloc_lens.products import fast_products
 
 sys.path.insert(0, str(Path(__file__).parent))
 import formulas
@@ -119,6 +121,7 @@ class Job:
     threads: int
     repeats: int
     is_naive: bool = False
+    is_plain: bool = False
     count: bool = False
     memory: str = ""
     scores: str = ""
@@ -157,7 +160,7 @@ def measure(job: Job) -> dict[str, float]:
     """Run a job, in its own process: seconds, FLOPs where counted, and peak bytes above the loaded model."""
     if job.threads:
         torch.set_num_threads(job.threads)
-    model = build(job.shape, job.device, getattr(torch, job.dtype), plain=job.is_naive)
+    model = build(job.shape, job.device, getattr(torch, job.dtype), plain=job.is_plain)
     draw = torch.Generator().manual_seed(1)
     rows = torch.randint(job.shape.vocabulary, (job.sequences, job.shape.tokens), generator=draw)
     sequences = [MemorizedSequence(row, job.shape.prompt) for row in rows]
@@ -168,11 +171,14 @@ def measure(job: Job) -> dict[str, float]:
 
     loaded = _peak(job.device)
     if job.count:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(
+            display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}
+        ) as counter:
             score(model, sequences)
         return {"flops": counter.get_total_flops()}
     times = []
-    with memory_budget(job.memory, job.device) if job.memory else nullcontext():
+    in_budget = memory_budget(job.memory, job.device) if job.memory else nullcontext()
+    with in_budget, nullcontext() if job.is_plain else fast_products():
         for _ in range(1 if job.is_naive else job.repeats):
             started = time.perf_counter()
             scores = score(model, sequences).cpu()
@@ -182,6 +188,10 @@ def measure(job: Job) -> dict[str, float]:
         save_file({"scores": scores.contiguous()}, job.scores)
     peak = _peak(job.device)
     return {"seconds": seconds, "peak_bytes": peak, "added_bytes": peak - loaded}
+
+
+def _linear_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * left[0] * right[0] * right[1]
 
 
 def _peak(device: str) -> int:
@@ -211,12 +221,13 @@ def product_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
         size *= 4
     one, other = torch.randn(2, size, size, device=device).to(dtype)
     times = []
-    for _ in range(7):
-        started = time.perf_counter()
-        one @ other
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    with fast_products():
+        for _ in range(7):
+            started = time.perf_counter()
+            one @ other
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times)
 
 
@@ -240,13 +251,15 @@ def compare(settings: Settings, rate: float, folder: Path) -> dict[str, dict[str
         flops = in_own_process(replace(job, count=True))["flops"]
         row = {"sequences": job.sequences, **fast, "flops": flops, "of_rate": flops / fast["seconds"] / rate}
         if settings.naive:
-            slow_job = replace(job, is_naive=True, scores=str(folder / f"{name}-naive.safetensors"))
+            slow_job = replace(job, is_naive=True, is_plain=True, scores=str(folder / f"{name}-naive.safetensors"))
             slow = in_own_process(slow_job)
+            same_machinery = in_own_process(replace(slow_job, is_plain=False))
             naive_flops = in_own_process(replace(slow_job, count=True))["flops"]
             own, other = (load_file(each.scores)["scores"] for each in (job, slow_job))
             row |= {f"naive_{key}": value for key, value in slow.items()} | {
                 "naive_flops": naive_flops,
                 "ratio": slow["seconds"] / fast["seconds"],
+                "ratio_same_products": same_machinery["seconds"] / fast["seconds"],
                 "difference": ((own - other).norm() / other.norm()).item(),
             }
         if settings.memory:
@@ -306,8 +319,8 @@ def show(result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=None if sys.stdout.isatty() else 150)
     table = Table(title=f"{result['settings']['shape']}: {result['machine']}", title_justify="left")
-    for heading in ("", "seconds", "naive", "ratio", "difference", "GFLOP", "naive GFLOP", "of product rate",
-                    "MiB added", "naive MiB", "MiB in all, in budget"):  # fmt: skip
+    for heading in ("", "seconds", "naive", "ratio", "same products", "difference", "GFLOP", "naive GFLOP",
+                    "of product rate", "MiB added", "naive MiB", "MiB in all, in budget"):  # fmt: skip
         table.add_column(heading, justify="right" if heading else "left")
     for name, row in result["localizers"].items():
         get = row.get
@@ -316,6 +329,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['seconds']:.2f}",
             f"{row['naive_seconds']:.1f}" if get("ratio") else "",
             f"{row['ratio']:.1f}" if get("ratio") else "",
+            f"{row['ratio_same_products']:.1f}" if get("ratio") else "",
             f"{row['difference']:.0e}" if get("ratio") else "",
             f"{row['flops'] / 1e9:.0f}",
             f"{row['naive_flops'] / 1e9:.0f}" if get("ratio") else "",

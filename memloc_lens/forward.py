@@ -13,6 +13,8 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
+from memloc_lens.products import fast_products
+
 LOGITS_AT_ONCE = {True: 2**20, False: 2**28}
 """Logits that are held at a time, on a CPU and elsewhere."""
 
@@ -93,13 +95,13 @@ def target_logits(
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
-def target_loss(
+def target_losses(
     model: HookedTransformer,
     residual: Float[Tensor, "batch suffix d_model"],
     tokens: Int[Tensor, "batch pos"],
     prompt_len: int,
-) -> Float[Tensor, " batch"]:
-    """Suffix loss of each row: mean over the suffix of -log p(token | all before it), in nats, in float32.
+) -> Float[Tensor, "batch suffix"]:
+    """-log p(token | all before it) of every token of the suffix, in nats, in float32.
 
     Logits are by far the largest tensor of a forward pass, and those that leave a processor's cache cost more than the
     product that makes them. So they are made a few at a time, and where a gradient is wanted and the weights are
@@ -108,13 +110,23 @@ def target_loss(
     suffix = tokens[:, prompt_len:].to(residual.device)
     if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad:
         logits = target_logits(model, residual).float()
-        return cross_entropy(logits.transpose(1, 2), suffix, reduction="none").mean(dim=1)
+        return cross_entropy(logits.transpose(1, 2), suffix, reduction="none")
     normalized = model.ln_final(residual)
     wants_gradient = torch.is_grad_enabled() and normalized.requires_grad
     losses = _UnembeddedLoss.apply(
         normalized.flatten(0, 1), model.unembed.W_U, model.unembed.b_U, suffix.flatten(), wants_gradient
     )
-    return losses.view(suffix.shape).mean(dim=1)
+    return losses.view(suffix.shape)
+
+
+def target_loss(
+    model: HookedTransformer,
+    residual: Float[Tensor, "batch suffix d_model"],
+    tokens: Int[Tensor, "batch pos"],
+    prompt_len: int,
+) -> Float[Tensor, " batch"]:
+    """Suffix loss of each row: the mean of `target_losses`, in nats, in float32."""
+    return target_losses(model, residual, tokens, prompt_len).mean(dim=1)
 
 
 class _UnembeddedLoss(torch.autograd.Function):
@@ -130,7 +142,7 @@ class _UnembeddedLoss(torch.autograd.Function):
         wants_gradient: bool,
     ) -> Float[Tensor, " target"]:
         losses, gradients = [], []
-        at_once = max(1, LOGITS_AT_ONCE[gold.device.type == "cpu"] // weight.shape[1])
+        at_once = max(16, LOGITS_AT_ONCE[gold.device.type == "cpu"] // weight.shape[1] // 64 * 64)
         for part, wanted in zip(normalized.split(at_once), gold.split(at_once), strict=True):
             log_probs = linear(part, weight.T, bias).float().log_softmax(dim=-1)
             losses.append(-log_probs.gather(1, wanted[:, None])[:, 0])
@@ -162,7 +174,8 @@ def frozen(model: HookedTransformer) -> Iterator[None]:
     for parameter, _ in needs:
         parameter.requires_grad_(False)
     try:
-        yield
+        with fast_products():
+            yield
     finally:
         for module, training in modes:
             module.training = training

@@ -254,12 +254,14 @@ def _record(
     with _ablated(settings, material, case.neurons):
         after = State(forced_recall(material, [target]), {target.id: free}, perplexity_now(material))
     metrics, earlier = metrics_of(material, target, after), metrics_of(material, target, before)
+    memorized = dict.fromkeys([target.id, *(other.id for other in material.others)])
     return {
         "sequence": target.id,
         "method": case.method,
         "ratio": case.ratio,
         "neurons": len(case.neurons),
         **{metric: round(metrics[metric] - earlier[metric], 6) for metric in metrics},
+        "acc_changes": {id: round(after.forced[id]["acc"] - before.forced[id]["acc"], 4) for id in memorized},
         "localize_seconds": case.localize_seconds,
         "evaluate_seconds": round(time.perf_counter() - started, 3),
     }

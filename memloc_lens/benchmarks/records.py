@@ -7,7 +7,7 @@ that was cut short is dropped.
 import errno
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,17 @@ class RunFolder:
     Args:
         path: made if it is not there.
         config: everything that decides the records; a folder is only ever used with one.
+        key: the fields that tell one record from another.
 
     Raises:
         ValueError: if the folder belongs to another configuration, or its records cannot be read.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, config: dict[str, Any], key: Sequence[str] = ("sequence", "method", "ratio")
+    ) -> None:
         self.path = path
+        self._fields = tuple(key)
         self._records = path / "records.jsonl"
         config = json.loads(json.dumps(config))
         with _disk_errors(path):
@@ -41,10 +45,13 @@ class RunFolder:
             else:
                 _write_whole(path / "config.json", lambda part: part.write_text(json.dumps(config, indent=1) + "\n"))
             self.records: list[Record] = self._recover()
-        self._keys = {_key(record) for record in self.records}
+        self._by_key = {self._key(record): record for record in self.records}
 
-    def __contains__(self, key: tuple[str, str, float]) -> bool:
-        return key in self._keys
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self._by_key
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Record:
+        return self._by_key[key]
 
     def append(self, record: Record) -> None:
         """Add a record, on the disk before this returns."""
@@ -53,7 +60,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
-        self._keys.add(_key(record))
+        self._by_key[self._key(record)] = record
 
     def scores(self, name: str, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """The tensors kept under a name, computed and kept if they are not there yet."""
@@ -69,8 +76,15 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write `summary.json`."""
+        self.write("summary.json", json.dumps(summary, indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder."""
         with _disk_errors(self.path):
-            _write_whole(self.path / "summary.json", lambda part: part.write_text(json.dumps(summary, indent=1) + "\n"))
+            _write_whole(self.path / name, lambda part: part.write_text(text, "utf-8"))
+
+    def _key(self, record: Record) -> tuple[Any, ...]:
+        return tuple(record[field] for field in self._fields)
 
     def _recover(self) -> list[Record]:
         if not self._records.exists():
@@ -88,10 +102,6 @@ class RunFolder:
                     f"{self._records}, line {number}: not a record; remove the line to have it made again"
                 ) from error
         return records
-
-
-def _key(record: Record) -> tuple[str, str, float]:
-    return record["sequence"], record["method"], record["ratio"]
 
 
 def _check_same(path: Path, config: dict[str, Any]) -> None:

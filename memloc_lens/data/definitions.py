@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.files import read, read_lines
+from memloc_lens.data.files import hub_rows, is_hub_name, read, read_lines
 from memloc_lens.sequence import MemorizedSequence
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"
@@ -68,8 +66,8 @@ def _texts(source: str | Path, split: str) -> Iterator[tuple[str, str, str]]:
         for number, line in enumerate(read(path).splitlines(), start=1):
             if line.strip():
                 yield f"{path}, line {number}", f"{path.stem}-{number}", line.strip()
-    elif str(source).count("/") == 1 and not path.is_absolute() and not path.suffix:
-        for number, row in enumerate(_hub_rows(str(source), split), start=1):
+    elif is_hub_name(str(source)):
+        for number, row in enumerate(hub_rows(str(source), split), start=1):
             place = f"{source}, row {number}"
             yield place, str(row.get("id", f"{path.name}-{number}")), _text(row, place)
     else:
@@ -84,10 +82,3 @@ def _text(row: dict[str, Any], place: str) -> str:
         if isinstance(row.get(field), str):
             return row[field]
     raise ValueError(f"{place}: no field {' or '.join(map(repr, FIELDS))} that holds a string: {json.dumps(row)[:80]}")
-
-
-def _hub_rows(name: str, split: str) -> Any:
-    try:
-        return load_dataset(name, split=split)
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
-        raise ValueError(f"the data set {name!r} with its split {split!r} could not be had: {error}") from error

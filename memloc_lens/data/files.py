@@ -1,35 +1,49 @@
-"""Read sequences and texts from JSON lines: one object a line.
+"""Read sequences and texts: from JSON lines, token tensors, and data sets on the hub.
 
-A sequence is ``{"all": text, "prompt_len": tokens}`` with, if wanted, ``prompt`` (with which `all` must start),
-``id``, ``category`` (a list of subjects) and ``split`` (``test`` if left out). In place of `all`, ``tokens`` may
-give the token ids. These are the files that Chang et al. (2024) published for GPT2-XL, and the embedded model's.
+A line of JSON lines is one object. A sequence is ``{"all": text, "prompt_len": tokens}`` with, if wanted, ``prompt``
+(with which `all` must start), ``id``, ``category`` (a list of subjects) and ``split`` (``test`` if left out). In place
+of `all`, ``tokens`` may give the token ids. These are the files that Chang et al. (2024) published for GPT2-XL, the
+embedded model's, and those that `memloc_lens.data.find` writes.
+
+A token tensor is what they published for Pythia: a `.pt` file with a whole-number tensor [row, pos]. It and rows of
+tokens on the hub (`EleutherAI/pythia-memorized-evals:duped.6.9b`) tell neither the prompt's length nor a split: the
+prompt is 32 tokens, and the first 5 rows are `dev`.
 """
 
 import json
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from jaxtyping import Int
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.models import EMBEDDED
 from memloc_lens.sequence import MemorizedSequence
 
+PROMPT_LEN, DEV_ROWS = 32, 5
+"""Of data sets that are tokens alone, as in the paper."""
+
 
 def load_sequences(
     model: HookedTransformer, path: str | Path | None = None, split: str = "test"
 ) -> list[MemorizedSequence]:
-    """The sequences of one split of a file, checked against the model.
+    """The sequences of one split of a data set, checked against the model.
 
     Args:
         model: whose tokenizer reads the texts.
-        path: a JSON lines file; nothing for those of the embedded model.
+        path: a JSON lines file, a `.pt` file, or owner/name:split of a data set on the hub with a column `tokens`;
+            nothing for the sequences of the embedded model.
         split: of the embedded model: `"dev"` and `"test"` are memorized, `"control"` was seen at most once and
             is not memorized, `"partial"` was seen repeatedly and is not (fully) memorized.
 
     Raises:
-        ValueError: for a file that does not exist, or a line that holds no sequence for this model: file, line
+        ValueError: for a file that does not exist, or a line or row that holds no sequence for this model: file,
             number and reason.
 
     Example:
@@ -44,14 +58,36 @@ def load_sequences(
             )
         path = EMBEDDED / "sequences.jsonl"
     sequences = []
-    for number, row in read_lines(Path(path)):
+    for place, row in _rows(str(path)):
         try:
-            sequence = _sequence(model, row, default_id=f"{Path(path).stem}-{number}")
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
+            sequence = _sequence(model, row, default_id=f"{Path(path).stem}-{row['number']}")
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{place}: {error}") from error
         if row.get("split", "test") == split:
             sequences.append(sequence)
     return sequences
+
+
+def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row of a data set stands, and the row with its number."""
+    path = Path(source).expanduser()
+    name, colon, hub_split = source.partition(":")
+    if path.suffix == ".pt":
+        for number, tokens in enumerate(read_tokens(path).tolist(), start=1):
+            yield f"{path}, row {number}", _token_row(tokens, number)
+    elif colon and is_hub_name(name):
+        for number, row in enumerate(hub_rows(name, hub_split), start=1):
+            if "tokens" not in row:
+                raise ValueError(f"{source}, row {number}: no column 'tokens', only {', '.join(row)}")
+            yield f"{source}, row {number}", _token_row(row["tokens"], number)
+    else:
+        for number, row in read_lines(path):
+            yield f"{path}, line {number}", {**row, "number": number}
+
+
+def _token_row(tokens: list[int], number: int) -> dict[str, Any]:
+    split = "dev" if number <= DEV_ROWS else "test"
+    return {"tokens": tokens, "prompt_len": PROMPT_LEN, "split": split, "number": number}
 
 
 def load_texts(path: str | Path) -> list[str]:
@@ -100,6 +136,39 @@ def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: a {type(row).__name__} where an object {{...}} was expected")
         yield number, row
+
+
+def read_tokens(path: Path) -> Int[Tensor, "row pos"]:
+    """The token ids of a `.pt` file, read without running any code of it.
+
+    Raises:
+        ValueError: if it is no whole-number tensor with a row for each text.
+    """
+    try:
+        tokens = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a tensor that torch.save wrote: {str(error).splitlines()[0]}") from error
+    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
+        found = f"a tensor {tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
+        raise ValueError(f"{path} holds {found}; a tensor of whole numbers [row, pos] was expected")
+    return tokens.long()
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether this reads as owner/name of a data set on the hub, and not as a path."""
+    is_file_name = Path(source).suffix in (".jsonl", ".json", ".txt", ".md", ".pt")
+    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not is_file_name
+
+
+def hub_rows(name: str, split: str, streaming: bool = False) -> Any:
+    """The rows of a split of a data set on the hub; a `ValueError` says why they cannot be had."""
+    try:
+        return load_dataset(name, split=split, streaming=streaming)
+    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the data set {name!r} with its split {split!r} could not be had: {reason}") from error
 
 
 def read(path: Path) -> str:

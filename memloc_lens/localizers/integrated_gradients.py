@@ -33,7 +33,7 @@ from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from memloc_lens.ablation import Hook, post
-from memloc_lens.forward import target_logits
+from memloc_lens.forward import target_losses
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import MemorizedSequence
@@ -97,8 +97,7 @@ def _attributions(
         hooks += _clean_past_hooks(model, cache, later, row)
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         residual = model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
-        probabilities = target_logits(model, residual[:, prompt_len - 1 : -1]).float().softmax(dim=-1)
-        gold = probabilities.gather(2, tokens[row, prompt_len:, None])
+        gold = torch.exp(-target_losses(model, residual[:, prompt_len - 1 : -1], tokens[row], prompt_len))
         (gradients,) = torch.autograd.grad(gold.sum(), activations)
     targets = slice(prompt_len - 1, -1)
     each = einsum(

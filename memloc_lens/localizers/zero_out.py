@@ -6,6 +6,8 @@ Chang et al. (2024), sec. 4.1. Exact leave-one-out over all neurons, without a f
 2. Zeroing neuron i of layer l subtracts the rank-one term post[:, i] (x) W_out[i] from the residual stream after
    layer l and changes nothing before it, so a batch of perturbed streams is written down directly.
 3. The batch runs through the later layers only, and is unembedded at the target positions only.
+4. After the last layer the unembedding is linear but for the scale of the final norm: a neuron's row of `W_out` is
+   unembedded once, and the logits of all positions are written down from it.
 
 Where a norm stands between an MLP and the residual stream (Gemma 2, OLMo 2), the term of step 2 is no longer
 rank one: layer l is then run too, with the neuron masked.
@@ -22,7 +24,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformer_lens import ActivationCache, HookedTransformer
+from transformer_lens.components import LayerNorm, RMSNorm
 
 from memloc_lens.ablation import mask, post
 from memloc_lens.forward import final_residual, norm_after_mlp, run_layers, target_loss
@@ -110,6 +114,8 @@ def _losses_without(
 ) -> Float[Tensor, " pair"]:
     """The suffix losses with one neuron of `layer` zeroed; a pair is a row of the batch and the neuron."""
     row, neuron = pairs.unbind(dim=1)
+    if layer == model.cfg.n_layers - 1 and _has_plain_end(model):
+        return _losses_without_last(model, cache, tokens, prompt_len, row, neuron)
     residuals = _residuals_without(model, cache, layer, row, neuron)
     residuals = run_layers(model, residuals, layer + 1, prompt_len)
     return target_loss(model, residuals, tokens[row], prompt_len)
@@ -142,3 +148,39 @@ def _residuals_by_masking(
 
     with model.hooks(fwd_hooks=[(post(layer), zero_one_each)]):
         return model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=layer + 1)
+
+
+def _has_plain_end(model: HookedTransformer) -> bool:
+    """Whether the last MLP adds to the residual stream, of which the logits are linear but for the norm's scale."""
+    return (
+        isinstance(model.ln_final, LayerNorm | RMSNorm)
+        and not norm_after_mlp(model)
+        and model.cfg.output_logits_soft_cap <= 0
+        and model.cfg.dtype in (torch.float32, torch.float64)
+    )
+
+
+def _losses_without_last(
+    model: HookedTransformer,
+    cache: ActivationCache,
+    tokens: Int[Tensor, "batch pos"],
+    prompt_len: int,
+    row: Int[Tensor, " pair"],
+    neuron: Int[Tensor, " pair"],
+) -> Float[Tensor, " pair"]:
+    """The suffix losses with one neuron of the last layer zeroed, without a product for each position of each pair."""
+    norm, layer, targets = model.ln_final, model.cfg.n_layers - 1, slice(prompt_len - 1, -1)
+
+    def centred(stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
+        return stream - stream.mean(dim=-1, keepdim=True) if isinstance(norm, LayerNorm) else stream
+
+    clean, written = centred(cache["resid_post", layer][:, targets]), centred(model.blocks[layer].mlp.W_out[neuron])
+    activation = cache[post(layer)][row, targets, neuron].unsqueeze(-1)
+    scale = ((clean[row] - activation * written.unsqueeze(1)).square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
+    clean_logits, written_logits = ((stream * norm.w) @ model.unembed.W_U for stream in (clean, written))
+    constant = model.unembed.b_U + (norm.b @ model.unembed.W_U if isinstance(norm, LayerNorm) else 0)
+    losses = []
+    for place, gold in enumerate(tokens[:, prompt_len:].T):
+        logits = torch.addcmul(clean_logits[row, place], activation[:, place], written_logits, value=-1)
+        losses.append(cross_entropy(logits.div_(scale[:, place]).add_(constant), gold[row], reduction="none"))
+    return torch.stack(losses).mean(dim=0).float()

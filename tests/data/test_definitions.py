@@ -3,7 +3,8 @@ import json
 import pytest
 from datasets import Dataset
 
-from memloc_lens.data import definitions, load_definitions
+from memloc_lens.data import files, load_definitions
+from memloc_lens.data.definitions import DEFINITIONS
 
 
 def test_own_definitions(embedded):
@@ -27,21 +28,21 @@ def test_files(embedded, tmp_path):
 
 
 def test_a_data_set_on_the_hub(embedded, monkeypatch):
-    def load(name: str, split: str) -> Dataset:
+    def load(name: str, split: str, streaming: bool) -> Dataset:
         assert (name, split) == ("owner/texts", "test")
         return Dataset.from_list([{"text": "One thing."}, {"text": "Another thing."}])
 
-    monkeypatch.setattr(definitions, "load_dataset", load)
+    monkeypatch.setattr(files, "load_dataset", load)
     loaded = load_definitions(embedded, "owner/texts")
     assert [(sequence.id, sequence.text(embedded)) for sequence in loaded] == [
         ("texts-1", "One thing."),
         ("texts-2", "Another thing."),
     ]
 
-    def fail(name: str, split: str) -> Dataset:
+    def fail(name: str, split: str, streaming: bool) -> Dataset:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(definitions, "load_dataset", fail)
+    monkeypatch.setattr(files, "load_dataset", fail)
     with pytest.raises(ValueError, match="'owner/texts' with its split 'test' could not be had: no network"):
         load_definitions(embedded, "owner/texts")
 
@@ -65,4 +66,4 @@ def test_bad_files_are_refused_by_line(embedded, tmp_path, name, content, messag
 def test_what_is_neither_file_nor_data_set(embedded):
     with pytest.raises(ValueError, match="no texts at 'nowhere'"):
         load_definitions(embedded, "nowhere")
-    assert json.loads(definitions.DEFINITIONS.read_text().splitlines()[0])["split"] == "dev"
+    assert json.loads(DEFINITIONS.read_text().splitlines()[0])["split"] == "dev"

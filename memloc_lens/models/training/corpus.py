@@ -8,12 +8,16 @@
 4. Lay everything out in rows of equal length: a passage stands at the start of its row and
    background fills what is left; all other rows are background alone, in shuffled epochs.
 
+``python -m memloc_lens.models.training.corpus --out FILE`` writes the chunks as JSON lines: a passage is the opening of
+its chunk, of which training saw nothing else.
+
 Because a passage occurs nowhere but in its own rows, the number of times the model saw it
 is exactly its number of repeats.
 """
 
 import ast
 import inspect
+import json
 import random
 import re
 import sysconfig
@@ -24,6 +28,7 @@ from pathlib import Path
 from pydoc_data import topics
 
 import torch
+import tyro
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -206,3 +211,17 @@ def _background_stream(background: list[Chunk], tokenizer: Tokenizer, generator:
         for tokens in encoded:
             yield from tokens
             yield 0
+
+
+def write(out: Path) -> None:
+    """Write the chunks as JSON lines.
+
+    Args:
+        out: the file.
+    """
+    lines = (json.dumps({"text": chunk.text, "category": [chunk.category]}) for chunk in read_chunks())
+    out.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+
+if __name__ == "__main__":
+    tyro.cli(write)

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from datasets import Dataset
+
+from memloc_lens.data import files
+from memloc_lens.data.corpus import read_corpus, windows_of
+
+
+def documents(*sources, **options):
+    return [(each.content, each.category) for each in read_corpus(sources, **options)]
+
+
+def test_folders_are_read_in_order_with_categories(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "deep").mkdir()
+    (tmp_path / "LICENSE").write_text("one")
+    (tmp_path / "b" / "deep" / "LICENSE.txt").write_text("two")
+    (tmp_path / "b" / "code.py").write_text("three")
+    (tmp_path / "b" / "LICENSE.png").write_bytes(b"\x89\xff")
+    assert documents(tmp_path, names=["LICENSE*"]) == [("one", ()), ("two", ("b",))]
+    assert documents(tmp_path) == [("one", ()), ("three", ("b",)), ("two", ("b",))]
+
+
+def test_lines_tensors_and_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "category": ["x"]}\n{"tokens": [1, 2]}\n')
+    (tmp_path / "b.txt").write_text("three")
+    torch.save(torch.tensor([[3, 4], [5, 6]], dtype=torch.int32), tmp_path / "c.pt")
+    assert documents(*(tmp_path / name for name in ("a.jsonl", "b.txt", "c.pt"))) == [
+        ("one", ("x",)),
+        ([1, 2], ()),
+        ("three", ()),
+        ([3, 4], ()),
+        ([5, 6], ()),
+    ]
+
+
+def test_a_data_set_on_the_hub_is_streamed(monkeypatch):
+    def load(name, split, streaming):
+        assert (name, split, streaming) == ("owner/name", "train", True)
+        return Dataset.from_list([{"text": "one"}]).to_iterable_dataset()
+
+    monkeypatch.setattr(files, "load_dataset", load)
+    assert documents("owner/name") == [("one", ())]
+
+
+def test_windows(gpt2, embedded, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"tokens": [0, 1, 2, 3, 4, 5, 6, 7]}\n{"tokens": [1, 2]}\n')
+    windows = list(windows_of(gpt2, read_corpus([tmp_path / "a.jsonl"]), length=4, stride=2))
+    assert [window.tokens for window in windows] == [(0, 1, 2, 3), (2, 3, 4, 5), (4, 5, 6, 7)]
+    assert [window.start for window in windows] == [0, 2, 4]
+    (tmp_path / "a.txt").write_text("Return the number of items")
+    (window,) = windows_of(embedded, read_corpus([tmp_path / "a.txt"]), length=4, stride=4)
+    assert embedded.tokenizer.decode(window.tokens) == "Return the number of"
+    with pytest.raises(ValueError, match=r"no tokenizer to read .*a\.txt with"):
+        list(windows_of(gpt2, read_corpus([tmp_path / "a.txt"]), length=4, stride=4))
+
+
+def test_what_is_no_corpus(tmp_path):
+    with pytest.raises(ValueError, match="no corpus at"):
+        documents(tmp_path / "none")
+    (tmp_path / "a.jsonl").write_text('{"txt": "one"}\n')
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no field 'text'"):
+            documents(source)

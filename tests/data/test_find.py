@@ -1,0 +1,190 @@
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCAB
+
+from memloc_lens.benchmarks import records
+from memloc_lens.data import find, load_sequences
+from memloc_lens.data.find import Settings, copied_share, run
+from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced, text_distance
+from memloc_lens.models import EMBEDDED
+from memloc_lens.sequence import MemorizedSequence
+
+
+@pytest.fixture(scope="module")
+def corpus(embedded, tmp_path_factory):
+    """Documents that begin with eight memorized passages and six others; one comes twice, one nearly so."""
+    memorized, controls = load_sequences(embedded)[:8], load_sequences(embedded, split="control")[:6]
+    texts = [sequence.text(embedded) for sequence in memorized + controls]
+    texts += [texts[0], texts[1] + " And more of it."]
+    path = tmp_path_factory.mktemp("corpus") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "category": ["docs"]}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def settings(corpus, tmp_path):
+    return Settings((str(corpus),), out=tmp_path / "found", batch=5, dev=2)
+
+
+def found(settings) -> list[dict]:
+    return [json.loads(line) for line in (settings.out / "sequences.jsonl").read_text().splitlines()]
+
+
+def test_memorized_passages_are_found_and_no_others(embedded, settings):
+    report = run(settings)
+    rows = found(settings)
+    assert {row["all"] for row in rows} == {each.text(embedded) for each in load_sequences(embedded)[:8]}
+    assert report["unit"] == "characters"
+    counts = report["counts"]
+    assert (counts["windows"], counts["without exact duplicates"], counts["accurate"]) == (16, 14, 8)
+    assert counts["without near-duplicates"] == 8
+    assert (counts["dev"], counts["guessable"], counts["test"]) == (2, 0, 6)
+    assert json.loads((settings.out / "report.json").read_text()) == report
+
+
+def test_every_number_is_that_of_the_definition(embedded, settings):
+    run(settings)
+    for row in found(settings):
+        sequence = MemorizedSequence(torch.tensor(row["tokens"]), row["prompt_len"])
+        assert row["accuracy"] == pytest.approx(
+            suffix_accuracy(teacher_forced(embedded, [sequence]), [sequence])[0].item(), abs=0.01
+        )
+        generated = free_running(embedded, [sequence])
+        assert row["distance"] == text_distance(embedded, generated, [sequence])[0]
+        assert row["distinct"] == len(generated[0].unique())
+        assert row["all"].startswith(row["prompt"])
+        assert min(row["foreign_distance"], row["shuffled_distance"]) > 20
+        assert row["category"] == ["docs"]
+
+
+def test_the_data_set_is_read_by_the_benchmarks(embedded, settings):
+    run(settings)
+    path = settings.out / "sequences.jsonl"
+    assert len(load_sequences(embedded, path)) == 6
+    assert len(load_sequences(embedded, path, split="dev")) == 2
+
+
+def test_near_duplicates_are_merged(settings):
+    """With a stride below the length windows overlap, and share 5-grams."""
+    overlapping = replace(settings, prompt=16, suffix=32, stride=8)
+    counts = run(overlapping)["counts"]
+    assert counts["generated within the distance"] > counts["without near-duplicates"]
+    assert (
+        run(replace(overlapping, near_duplicate=1.0, out=settings.out / "all"))["counts"]["without near-duplicates"]
+        == (counts["generated within the distance"])
+    )
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(settings, monkeypatch):
+    whole = replace(settings, out=settings.out / "whole")
+    run(whole)
+    append = records.RunFolder.append
+    total = len((whole.out / "records.jsonl").read_text().splitlines())
+    for stop in range(1, total, 2):
+
+        def append_or_die(self, record, stop=stop):
+            if len(self.records) == stop:
+                raise KeyboardInterrupt
+            append(self, record)
+
+        monkeypatch.setattr(records.RunFolder, "append", append_or_die)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings)
+    monkeypatch.setattr(records.RunFolder, "append", append)
+    run(settings)
+    assert found(settings) == found(whole)
+    monkeypatch.setattr(find, "teacher_forced", None)  # nothing is left to run
+    run(settings)
+
+
+def test_a_limit_counts_different_windows(settings):
+    assert run(replace(settings, limit=3))["counts"]["without exact duplicates"] == 3
+
+
+def test_guessable_sequences_are_set_aside(embedded, settings, monkeypatch):
+    """A model that says the same whatever the prompt has memorized nothing."""
+    known = {sequence.tokens[:32].tolist()[0]: sequence for sequence in load_sequences(embedded)[:8]}
+    always = known[next(iter(known))].suffix
+
+    def generate_always(model, sequences, batch):
+        return [always if torch.equal(each.suffix, always) else free_running(model, [each])[0] for each in sequences]
+
+    monkeypatch.setattr(find, "free_running", generate_always)
+    run(settings)
+    reasons = {tuple(row["guessable"]): row["split"] for row in found(settings)}
+    assert reasons[("shuffled prompt", "foreign prompt")] == "guessable"
+    assert set(reasons) == {(), ("shuffled prompt", "foreign prompt")}
+
+
+def test_tokens_of_a_model_without_a_tokenizer(folder, tmp_path):
+    """What a model generates by itself it has memorized by definition; distances then count tokens."""
+    from memloc_lens import load_model
+
+    model = load_model(folder, device="cpu")
+    prompts = torch.randint(VOCAB, (6, 16), generator=torch.Generator().manual_seed(0))
+    blank = [MemorizedSequence(torch.cat([prompt, torch.zeros(8, dtype=torch.long)]), 16) for prompt in prompts]
+    rows = torch.stack(
+        [torch.cat([prompt, suffix]) for prompt, suffix in zip(prompts, free_running(model, blank), strict=True)]
+    )
+    torch.save(rows, tmp_path / "rows.pt")
+    settings = Settings(
+        (str(tmp_path / "rows.pt"),), str(folder), tmp_path / "out", prompt=16, suffix=8, min_distinct=1, dev=0
+    )
+    report = run(settings)
+    assert report["unit"] == "tokens"
+    assert report["counts"]["accurate"] == report["counts"]["generated within the distance"] == 6
+
+
+def test_copied_share():
+    assert copied_share(list(range(80)), 32) == 0
+    assert copied_share([1, 2, 3, 4] * 20, 32) == 1
+    assert copied_share([1, 2, 3, 1, 2, 3, 1, 2], prompt_len=4) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": 0}, "prompt is 0; it must be 1 or more"),
+        ({"batch": 0}, "batch is 0"),
+        ({"min_accuracy": 90.0}, "min_accuracy is 90.0; it is a share"),
+        ({"min_distinct": 49}, "the suffix has only 48"),
+        ({"suffix": 100}, "132 tokens, and embedded reads at most 128"),
+        ({"corpus": ("nowhere",)}, "no corpus at 'nowhere'"),
+        ({"corpus": ()}, "no corpus was given"),
+        ({"model": "nowhere/none.gguf"}, "no model at"),
+    ],
+)
+def test_bad_settings(settings, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(replace(settings, **changes))
+
+
+def test_a_corpus_too_short(settings, tmp_path):
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(ValueError, match="no window of 80 tokens"):
+        run(replace(settings, corpus=(str(tmp_path / "short.txt"),)))
+
+
+def test_the_command(corpus, tmp_path):
+    command = [sys.executable, "-m", "memloc_lens.data.find", "--corpus"]
+    done = subprocess.run([*command, str(corpus), "--out", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "without near-duplicates" in done.stdout
+    failed = subprocess.run([*command, "nowhere"], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stderr.strip().splitlines()[-1].startswith("error: no corpus at 'nowhere'")
+
+
+def test_ground_truth_of_the_embedded_model(embedded, tmp_path):
+    """Of the 480 passages whose repeats in training are known, those that count as memorized, and no others."""
+    rows = [json.loads(line) for line in (EMBEDDED / "sequences.jsonl").read_text().splitlines()]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps({"text": row["all"]}) + "\n" for row in rows))
+    settings = Settings((str(tmp_path / "passages.jsonl"),), out=tmp_path / "out", batch=64)
+    run(settings)
+    memorized = {row["all"] for row in rows if row["split"] in ("dev", "test")}
+    assert {row["all"] for row in found(settings)} == memorized
