@@ -20,7 +20,7 @@ gives the result to the benchmarks.
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -111,7 +111,7 @@ def run(settings: Settings) -> dict[str, Any]:
         The settings and, under "counts", how many windows or sequences every step left.
 
     Raises:
-        ValueError: for settings, a corpus or a run folder that cannot be used, or where nothing is memorized.
+        ValueError: for settings, a corpus or a run folder that cannot be used, or a corpus too short or since changed.
     """
     _check(settings)
     model = load_model(settings.model, device=settings.device, dtype=getattr(torch, settings.dtype))
@@ -124,15 +124,9 @@ def run(settings: Settings) -> dict[str, Any]:
     with fast_products():
         counts, accurate = _scan(settings, model, folder)
         recalled = _recall(settings, model, folder, accurate)
-        counts["generated with enough distinct tokens"] = sum(
-            each["distinct"] >= settings.min_distinct for each in recalled
-        )
-        close = [
-            each
-            for each in recalled
-            if each["distinct"] >= settings.min_distinct
-            and (settings.max_distance < 0 or each["distance"] <= settings.max_distance)
-        ]
+        varied = [each for each in recalled if each["distinct"] >= settings.min_distinct]
+        counts["generated with enough distinct tokens"] = len(varied)
+        close = [each for each in varied if settings.max_distance < 0 or each["distance"] <= settings.max_distance]
         counts["generated within the distance"] = len(close)
         distinct = _without_near_duplicates(settings, close)
         counts["without near-duplicates"] = len(distinct)
@@ -188,6 +182,8 @@ def _scan(
             if ("scan", number) not in folder:
                 folder.append({"step": "scan", "item": number, **_scanned(settings, model, batch)})
             record = folder[("scan", number)]
+            if record["ends"] != _ends(batch):
+                raise ValueError(f"the corpus is not the one that {settings.out} was begun with; choose another --out")
             for name in counts:
                 counts[name] += record[name]
             passed += record["passed"]
@@ -217,12 +213,18 @@ def _scanned(settings: Settings, model: HookedTransformer, batch: Sequence[tuple
     ]
     passed = [each for each in accurate if len(set(each["tokens"][settings.prompt :])) >= settings.min_distinct]
     return {
+        "ends": _ends(batch),
         "windows": len(batch) + sum(duplicates for _, duplicates in batch),
         "without exact duplicates": len(batch),
         "accurate": len(accurate),
         "with enough distinct tokens": len(passed),
         "passed": passed,
     }
+
+
+def _ends(batch: Sequence[tuple[Window, int]]) -> list[int]:
+    """The first and the last tokens of a batch: enough to tell one corpus from another."""
+    return [*batch[0][0].tokens[:8], *batch[-1][0].tokens[-8:]]
 
 
 def _recall(
@@ -288,7 +290,7 @@ def _generated(
     step: str,
     windows: list[dict[str, Any]],
     prompts: list[list[int]],
-    measure: Any,
+    measure: Callable[[dict[str, Any], list[int]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """Windows with what `measure` makes of the greedy suffix after a prompt, recorded batch by batch."""
     measured: list[dict[str, Any]] = []

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from memloc_lens import Activations
 from memloc_lens.ablation import ablate
 from memloc_lens.benchmarks.deletion import Settings as Deletion
 from memloc_lens.benchmarks.deletion import run
@@ -38,8 +39,6 @@ def test_the_matrix_is_what_each_ablation_costs_each_sequence(finished, result, 
     assert all(file.exists() for file in scores)
     matrix = np.array(result["methods"]["activations"]["matrix"])
     before = suffix_accuracy(teacher_forced(embedded, targets), targets)
-    from memloc_lens import Activations
-
     for row in (0, 3):
         neurons = top_neurons(Activations()(embedded, targets[row]), 0.1, first_layer=1)
         with ablate(embedded, neurons):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import VOCAB
 
+from memloc_lens import load_model
 from memloc_lens.benchmarks import records
 from memloc_lens.data import find, load_sequences
 from memloc_lens.data.find import Settings, copied_share, run
@@ -102,6 +103,16 @@ def test_a_stopped_run_goes_on_to_the_same_result(settings, monkeypatch):
     run(settings)
 
 
+def test_a_corpus_that_changed_is_refused(corpus, settings, tmp_path):
+    lines = corpus.read_text().splitlines(keepends=True)
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    settings = replace(settings, corpus=(str(tmp_path / "texts.jsonl"),))
+    run(settings)
+    (tmp_path / "texts.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(ValueError, match="the corpus is not the one"):
+        run(settings)
+
+
 def test_a_limit_counts_different_windows(settings):
     assert run(replace(settings, limit=3))["counts"]["without exact duplicates"] == 3
 
@@ -123,8 +134,6 @@ def test_guessable_sequences_are_set_aside(embedded, settings, monkeypatch):
 
 def test_tokens_of_a_model_without_a_tokenizer(folder, tmp_path):
     """What a model generates by itself it has memorized by definition; distances then count tokens."""
-    from memloc_lens import load_model
-
     model = load_model(folder, device="cpu")
     prompts = torch.randint(VOCAB, (6, 16), generator=torch.Generator().manual_seed(0))
     blank = [MemorizedSequence(torch.cat([prompt, torch.zeros(8, dtype=torch.long)]), 16) for prompt in prompts]
