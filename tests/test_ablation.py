@@ -44,7 +44,7 @@ def test_scale_and_mean_do_what_they_say(gpt2, sequence):
     neurons = some_neurons(gpt2)
     name = "blocks.0.mlp.hook_post"  # nothing before it is changed, so its input is the clean one
     members = neurons.members[0]
-    _, cache = gpt2.run_with_cache(sequence.tokens[None])
+    _, cache = gpt2.run_with_cache(sequence.tokens[None], names_filter=name)
     others = [random_sequence(seed, length) for seed, length in ((1, 9), (2, 12), (3, 12))]
     expected_mean = torch.cat([gpt2.run_with_cache(other.tokens[None])[1][name][0] for other in others]).mean(dim=0)
 

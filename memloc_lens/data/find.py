@@ -118,7 +118,7 @@ def run(settings: Settings) -> dict[str, Any]:
     length = settings.prompt + settings.suffix
     if length > model.cfg.n_ctx:
         raise ValueError(f"prompt and suffix are {length} tokens, and {settings.model} reads at most {model.cfg.n_ctx}")
-    config = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(settings).items()}
+    config = json.loads(json.dumps(asdict(settings), default=str))
     folder = RunFolder(settings.out, {**config, "device": str(model.cfg.device), "memloc_lens": version("memloc-lens")},
                        key=("step", "item"))  # fmt: skip
     with fast_products():
@@ -154,28 +154,25 @@ def _check(settings: Settings) -> None:
         raise ValueError("no corpus was given")
 
 
-def _distinct_windows(settings: Settings, model: HookedTransformer) -> Iterator[tuple[Window, int]]:
-    """Windows without exact duplicates, each with the number of duplicates since the last."""
+def _distinct_windows(settings: Settings, model: HookedTransformer, counts: dict[str, int]) -> Iterator[Window]:
+    """Windows without exact duplicates; what is passed over is counted."""
     seen: set[int] = set()
-    duplicates = 0
     documents = read_corpus(settings.corpus, settings.names)
     length = settings.prompt + settings.suffix
     for window in windows_of(model, documents, length, settings.stride or length):
+        counts["windows"] += 1
         fingerprint = hash(window.tokens)
-        if fingerprint in seen:
-            duplicates += 1
-            continue
-        seen.add(fingerprint)
-        yield window, duplicates
-        duplicates = 0
+        if fingerprint not in seen:
+            seen.add(fingerprint)
+            yield window
 
 
 def _scan(
     settings: Settings, model: HookedTransformer, folder: RunFolder
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """The windows that pass the first two filters, a record a batch, and the counts of what did not."""
-    windows = islice(_distinct_windows(settings, model), settings.limit or None)
     counts = dict.fromkeys(("windows", "without exact duplicates", "accurate", "with enough distinct tokens"), 0)
+    windows = islice(_distinct_windows(settings, model, counts), settings.limit or None)
     passed: list[dict[str, Any]] = []
     with tqdm(total=settings.limit or None, desc="teacher-forced", unit="window", smoothing=0.1) as progress:
         for number, batch in enumerate(iter(lambda: list(islice(windows, settings.batch)), [])):
@@ -184,8 +181,9 @@ def _scan(
             record = folder[("scan", number)]
             if record["ends"] != _ends(batch):
                 raise ValueError(f"the corpus is not the one that {settings.out} was begun with; choose another --out")
-            for name in counts:
-                counts[name] += record[name]
+            counts["without exact duplicates"] += len(batch)
+            counts["accurate"] += record["accurate"]
+            counts["with enough distinct tokens"] += len(record["passed"])
             passed += record["passed"]
             progress.update(len(batch))
             progress.set_postfix_str(f"{counts['accurate']} accurate")
@@ -197,8 +195,7 @@ def _scan(
     return counts, passed
 
 
-def _scanned(settings: Settings, model: HookedTransformer, batch: Sequence[tuple[Window, int]]) -> dict[str, Any]:
-    windows = [window for window, _ in batch]
+def _scanned(settings: Settings, model: HookedTransformer, windows: Sequence[Window]) -> dict[str, Any]:
     sequences = [MemorizedSequence(torch.tensor(window.tokens), settings.prompt) for window in windows]
     for window, sequence in zip(windows, sequences, strict=True):
         try:
@@ -207,24 +204,17 @@ def _scanned(settings: Settings, model: HookedTransformer, batch: Sequence[tuple
             raise ValueError(f"{window.source}: {error}") from error
     accuracies = suffix_accuracy(teacher_forced(model, sequences, settings.batch), sequences).tolist()
     accurate = [
-        asdict(window) | {"accuracy": round(accuracy, 2)}
+        asdict(window) | {"tokens": list(window.tokens), "accuracy": round(accuracy, 2)}
         for window, accuracy in zip(windows, accuracies, strict=True)
         if accuracy >= 100 * settings.min_accuracy
     ]
     passed = [each for each in accurate if len(set(each["tokens"][settings.prompt :])) >= settings.min_distinct]
-    return {
-        "ends": _ends(batch),
-        "windows": len(batch) + sum(duplicates for _, duplicates in batch),
-        "without exact duplicates": len(batch),
-        "accurate": len(accurate),
-        "with enough distinct tokens": len(passed),
-        "passed": passed,
-    }
+    return {"ends": _ends(windows), "accurate": len(accurate), "passed": passed}
 
 
-def _ends(batch: Sequence[tuple[Window, int]]) -> list[int]:
+def _ends(batch: Sequence[Window]) -> list[int]:
     """The first and the last tokens of a batch: enough to tell one corpus from another."""
-    return [*batch[0][0].tokens[:8], *batch[-1][0].tokens[-8:]]
+    return [*batch[0].tokens[:8], *batch[-1].tokens[-8:]]
 
 
 def _recall(
