@@ -178,7 +178,7 @@ def measure(job: Job) -> dict[str, float]:
         return {"flops": counter.get_total_flops()}
     times = []
     in_budget = memory_budget(job.memory, job.device) if job.memory else nullcontext()
-    with in_budget, nullcontext() if job.is_plain else fast_products():
+    with in_budget, nullcontext() if job.is_plain else fast_products(job.device):
         for _ in range(1 if job.is_naive else job.repeats):
             started = time.perf_counter()
             scores = score(model, sequences).cpu()
@@ -221,7 +221,7 @@ def product_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
         size *= 4
     one, other = torch.randn(2, size, size, device=device).to(dtype)
     times = []
-    with fast_products():
+    with fast_products(device):
         for _ in range(7):
             started = time.perf_counter()
             one @ other

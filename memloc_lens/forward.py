@@ -174,7 +174,7 @@ def frozen(model: HookedTransformer) -> Iterator[None]:
     for parameter, _ in needs:
         parameter.requires_grad_(False)
     try:
-        with fast_products():
+        with fast_products(model.cfg.device):
             yield
     finally:
         for module, training in modes:

@@ -18,9 +18,13 @@ WORTHWHILE = 2**20
 
 
 @contextmanager
-def fast_products() -> Iterator[None]:
-    """Leave large float32 products on the CPU, forward and backward, to oneDNN while the context is open."""
-    if not _has_512_bits() or isinstance(_get_current_dispatch_mode(), _ByOneDNN):
+def fast_products(device: str | torch.device | None = "cpu") -> Iterator[None]:
+    """Leave large float32 products on the CPU, forward and backward, to oneDNN while the context is open.
+
+    Args:
+        device: where the model is; on any but the CPU nothing is done.
+    """
+    if str(device) != "cpu" or not _has_512_bits() or isinstance(_get_current_dispatch_mode(), _ByOneDNN):
         yield
         return
     with _ByOneDNN():

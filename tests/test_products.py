@@ -64,3 +64,15 @@ def test_without_512_bits_nothing_is_done(calls, monkeypatch):
     with fast_products():
         torch.randn(128, 128) @ torch.randn(128, 128)
     assert calls == []
+
+
+def test_for_a_model_elsewhere_nothing_is_done(calls):
+    with fast_products("cuda"):
+        torch.randn(128, 128) @ torch.randn(128, 128)
+    assert calls == []
+
+
+def test_contexts_within_contexts_do_the_work_once(calls):
+    with fast_products(), fast_products(torch.device("cpu")):
+        torch.randn(128, 128) @ torch.randn(128, 128)
+    assert len(calls) == 1

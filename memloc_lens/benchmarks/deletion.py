@@ -45,6 +45,7 @@ from memloc_lens.metrics import (
 )
 from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
+from memloc_lens.products import fast_products
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 EMBEDDED_RATIOS, RATIOS = (0.01, 0.05, 0.1), (0.001, 0.005)
@@ -129,7 +130,11 @@ def run(settings: Settings) -> dict[str, Any]:
     content = [] if material.text is None else material.text.tolist()
     folder = open_folder(settings, material.model, material.targets + material.others, content, total)
 
-    with settings.memory_budget(material.model), kept_prefix(settings.first_layer):
+    with (
+        settings.memory_budget(material.model),
+        fast_products(material.model.cfg.device),
+        kept_prefix(settings.first_layer),
+    ):
         before = _run_cases(settings, material, folder, total)
     earlier = [{"method": "before", "ratio": 0.0} | metrics_of(material, target, before) for target in material.targets]
     summary = {

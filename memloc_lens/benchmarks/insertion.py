@@ -37,6 +37,7 @@ from memloc_lens.localizers import HardConcrete, Slimming, WeightNorm
 from memloc_lens.metrics import auroc, average_precision, recall, recall_ceiling
 from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
+from memloc_lens.products import fast_products
 from memloc_lens.sequence import MemorizedSequence
 
 EMBEDDED_RATIOS, RATIOS = (0.01, 0.05), (0.01, 0.001)
@@ -139,7 +140,7 @@ def run(settings: Settings) -> dict[str, Any]:
     check_ids(texts, settings.data)
     inject_cell = partial(_inject, settings, model)
     if settings.tune:
-        with settings.memory_budget(model):
+        with settings.memory_budget(model), fast_products(model.cfg.device):
             return tune(replace(settings, out=settings.out / "tuning"), model, texts[:5], inject_cell)
     texts = texts[: settings.limit or None]
     folder = open_folder(settings, model, texts, [], records=len(texts) * len(ratios) * len(settings.methods))

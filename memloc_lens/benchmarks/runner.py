@@ -28,7 +28,6 @@ from memloc_lens.localizers import (
 )
 from memloc_lens.memory import memory_budget, parse_memory
 from memloc_lens.models import EMBEDDED, load_model
-from memloc_lens.products import fast_products
 from memloc_lens.report.table import print_table
 from memloc_lens.sequence import MemorizedSequence
 
@@ -159,8 +158,7 @@ def command_line(settings_class: type[S], door: str, about: str | None, run: Cal
     """
     try:
         settings = parse(settings_class, sys.argv[1:], door, about)
-        with fast_products():
-            summary = run(settings)
+        summary = run(settings)
     except ValueError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

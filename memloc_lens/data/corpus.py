@@ -39,8 +39,8 @@ def read_corpus(sources: Sequence[str | Path], names: Sequence[str] = ("*",)) ->
     Args:
         sources: each a text file; a JSON lines file with a text under "text", "all", "definition" or "content" or ids
             under "tokens", and if wanted "category"; a `.pt` file with a tensor of token ids, a row a document; a
-            folder of these, in which every subfolder is a category; or owner/name of a data set on the hub, whose
-            split "train" is streamed.
+            folder of these, in which every subfolder is a category; or owner/name:split of a data set on the hub,
+            which is streamed; the split is "train" if left out.
         names: of the files to take from folders, with wildcards. Files that hold no text are passed over there.
 
     Raises:
@@ -54,12 +54,13 @@ def read_corpus(sources: Sequence[str | Path], names: Sequence[str] = ("*",)) ->
                     yield from _in_folder(file, path)
         elif path.is_file():
             yield from _file(path, ())
-        elif is_hub_name(str(source)):
-            for number, row in enumerate(hub_rows(str(source), "train", streaming=True), start=1):
+        elif is_hub_name(name := str(source).partition(":")[0]):
+            split = str(source).partition(":")[2] or "train"
+            for number, row in enumerate(hub_rows(name, split, streaming=True), start=1):
                 yield _row(row, f"{source}, row {number}", ())
         else:
             raise ValueError(
-                f"no corpus at {str(source)!r}: give a text, .jsonl or .pt file, a folder, or the name owner/name of a "
+                f"no corpus at {str(source)!r}: give a text, .jsonl or .pt file, a folder, or owner/name:split of a "
                 "data set on the hub"
             )
 

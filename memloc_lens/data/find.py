@@ -52,7 +52,7 @@ class Settings:
     """What to search, and what counts as memorized.
 
     Args:
-        corpus: Text files, folders, JSON lines, .pt files of token ids, or owner/name of data sets on the hub.
+        corpus: Text files, folders, JSON lines, .pt files of token ids, or owner/name:split of data sets on the hub.
         model: "embedded", "smollm2-135m", a folder in transformers format, a .gguf file or a name on the hub.
         out: Folder of the run and of its result, sequences.jsonl.
         names: Of the files to take from folders, with wildcards.
@@ -121,7 +121,7 @@ def run(settings: Settings) -> dict[str, Any]:
     config = json.loads(json.dumps(asdict(settings), default=str))
     folder = RunFolder(settings.out, {**config, "device": str(model.cfg.device), "memloc_lens": version("memloc-lens")},
                        key=("step", "item"))  # fmt: skip
-    with fast_products():
+    with fast_products(model.cfg.device):
         counts, accurate = _scan(settings, model, folder)
         recalled = _recall(settings, model, folder, accurate)
         varied = [each for each in recalled if each["distinct"] >= settings.min_distinct]

@@ -36,11 +36,11 @@ def test_lines_tensors_and_texts(tmp_path):
 
 def test_a_data_set_on_the_hub_is_streamed(monkeypatch):
     def load(name, split, streaming):
-        assert (name, split, streaming) == ("owner/name", "train", True)
-        return Dataset.from_list([{"text": "one"}]).to_iterable_dataset()
+        assert (name, streaming) == ("owner/name", True)
+        return Dataset.from_list([{"text": split}]).to_iterable_dataset()
 
     monkeypatch.setattr(files, "load_dataset", load)
-    assert documents("owner/name") == [("one", ())]
+    assert documents("owner/name", "owner/name:held.out") == [("train", ()), ("held.out", ())]
 
 
 def test_windows(gpt2, embedded, tmp_path):
