@@ -39,10 +39,7 @@ from memloc_lens.benchmarks.runner import RunSettings, check, check_ids, command
 from memloc_lens.benchmarks.statistics import summarize
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import kept_prefix
-from memloc_lens.metrics import (
-    free_running,
-    text_rows,
-)
+from memloc_lens.metrics import free_running, text_rows
 from memloc_lens.models import EMBEDDED
 from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
 from memloc_lens.products import fast_products

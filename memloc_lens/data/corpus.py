@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.files import hub_rows, is_hub_name, read, read_lines, read_tokens
+from memloc_lens.data.files import category_of, hub_rows, is_hub_name, read, read_lines, read_tokens
 
 TEXT_FIELDS = ("text", "all", "definition", "content")
 
@@ -102,9 +102,15 @@ def _file(file: Path, category: tuple[str, ...]) -> Iterator[Document]:
 
 
 def _row(row: dict[str, Any], place: str, category: tuple[str, ...]) -> Document:
-    category = tuple(row.get("category", category))
-    if "tokens" in row:
-        return Document(torch.as_tensor(row["tokens"], dtype=torch.long).tolist(), place, category)
+    try:
+        category = category_of(row, category)
+        if "tokens" in row:
+            tokens = torch.tensor(row["tokens"], dtype=torch.long)
+            if tokens.ndim != 1:
+                raise ValueError(f"tokens have the shape {list(tokens.shape)}; one row of ids was expected")
+            return Document(tokens.tolist(), place, category)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{place}: {error}") from error
     for field in TEXT_FIELDS:
         if isinstance(row.get(field), str):
             return Document(row[field], place, category)

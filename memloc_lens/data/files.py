@@ -111,7 +111,7 @@ def _sequence(model: HookedTransformer, row: dict[str, Any], default_id: str) ->
     prompt_len = row.get("prompt_len")
     if not isinstance(prompt_len, int) or isinstance(prompt_len, bool):
         raise ValueError(f"prompt_len is {prompt_len!r}; it must be a whole number of tokens")
-    id, category = str(row.get("id", default_id)), tuple(row.get("category", ()))
+    id, category = str(row.get("id", default_id)), category_of(row)
     if "tokens" in row:
         sequence = MemorizedSequence(torch.tensor(row["tokens"], dtype=torch.long), prompt_len, id, category)
     elif isinstance(text := row.get("all"), str):
@@ -122,6 +122,15 @@ def _sequence(model: HookedTransformer, row: dict[str, Any], default_id: str) ->
         raise ValueError("neither a text 'all' nor 'tokens'")
     sequence.check_fits(model)
     return sequence
+
+
+def category_of(row: dict[str, Any], default: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """The subjects of a row; a `ValueError` if they are not a list of strings, or one string."""
+    category = row.get("category", default)
+    category = (category,) if isinstance(category, str) else category
+    if not isinstance(category, list | tuple) or not all(isinstance(subject, str) for subject in category):
+        raise ValueError(f"category is {category!r}; it must be a list of strings")
+    return tuple(category)
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -206,7 +206,7 @@ def _scanned(settings: Settings, model: HookedTransformer, windows: Sequence[Win
     accurate = [
         asdict(window) | {"tokens": list(window.tokens), "accuracy": round(accuracy, 2)}
         for window, accuracy in zip(windows, accuracies, strict=True)
-        if accuracy >= 100 * settings.min_accuracy
+        if accuracy > 100 * settings.min_accuracy - 1e-4  # accuracies are float32: 7 of 10 is a little under 70
     ]
     passed = [each for each in accurate if len(set(each["tokens"][settings.prompt :])) >= settings.min_distinct]
     return {"ends": _ends(windows), "accurate": len(accurate), "passed": passed}

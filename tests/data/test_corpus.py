@@ -62,3 +62,24 @@ def test_what_is_no_corpus(tmp_path):
     for source in (tmp_path, tmp_path / "a.jsonl"):
         with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no field 'text'"):
             documents(source)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"tokens": ["a"]}', r"a\.jsonl, line 1: "),
+        ('{"tokens": null}', r"a\.jsonl, line 1: "),
+        ('{"tokens": 5}', r"a\.jsonl, line 1: tokens have the shape \[\]"),
+        ('{"text": "one", "category": [1]}', r"a\.jsonl, line 1: category is \[1\]; it must be a list of strings"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, message):
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=message):
+        documents(tmp_path / "a.jsonl")
+
+
+def test_a_category_may_be_one_string(tmp_path):
+    """Not its letters, which most words share."""
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "category": "licences"}')
+    assert documents(tmp_path / "a.jsonl") == [("one", ("licences",))]

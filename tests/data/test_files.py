@@ -42,6 +42,7 @@ def test_splits(gpt2, tmp_path):
         ('{"all": "Return the items", "prompt_len": "2"}', "prompt_len is '2'"),
         ('{"all": "Return the items", "prompt_len": 99}', "prompt_len must be between"),
         ('{"all": "", "prompt_len": 1}', "is empty"),
+        ('{"all": "Return the items", "prompt_len": 1, "category": 3}', "category is 3; it must be a list of strings"),
         ('{"prompt_len": 1}', "neither a text 'all' nor 'tokens'"),
         ('{"prompt": "Raise", "all": "Return the items", "prompt_len": 1}', "does not start with 'prompt'"),
         ('{"tokens": [1, 5000], "prompt_len": 1}', "the model knows 0 to 4095"),

@@ -113,6 +113,16 @@ def test_a_corpus_that_changed_is_refused(corpus, settings, tmp_path):
         run(settings)
 
 
+@pytest.mark.parametrize(("right", "passed"), [(6, 0), (7, 14), (8, 14)])
+def test_the_accuracy_asked_for_is_enough(settings, monkeypatch, right, passed):
+    def predict(model, sequences, batch):
+        return [torch.where(torch.arange(10) < right, each.suffix, each.suffix + 1) for each in sequences]
+
+    monkeypatch.setattr(find, "teacher_forced", predict)
+    settings = replace(settings, prompt=70, suffix=10, min_accuracy=0.7, min_distinct=1)
+    assert run(settings)["counts"]["accurate"] == passed
+
+
 def test_a_limit_counts_different_windows(settings):
     assert run(replace(settings, limit=3))["counts"]["without exact duplicates"] == 3
 
