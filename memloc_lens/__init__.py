@@ -1,6 +1,18 @@
-"""Which neurons hold a sequence that a language model has memorized, and what happens when they are switched off?"""
+"""Which parts of a language model hold a sequence that it has memorized, and what happens when they are switched off?"""
 
 from memloc_lens.ablation import ablate, mask, mean_activations
+from memloc_lens.components import (
+    COMPONENTS,
+    HEADS,
+    NEURONS,
+    WEIGHTS,
+    Component,
+    ComponentSet,
+    Neurons,
+    set_from_indices,
+    top_components,
+    top_neurons,
+)
 from memloc_lens.data import load_definitions, load_sequences
 from memloc_lens.injection import Injection, inject
 from memloc_lens.localizers import (
@@ -8,6 +20,7 @@ from memloc_lens.localizers import (
     Activations,
     HardConcrete,
     IntegratedGradients,
+    Localizer,
     Random,
     Slimming,
     WeightNorm,
@@ -15,15 +28,21 @@ from memloc_lens.localizers import (
 )
 from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
-from memloc_lens.neurons import Neurons, top_neurons
 from memloc_lens.sequence import MemorizedSequence
 
 __all__ = [
+    "COMPONENTS",
+    "HEADS",
     "LOCALIZERS",
+    "NEURONS",
+    "WEIGHTS",
     "Activations",
+    "Component",
+    "ComponentSet",
     "HardConcrete",
     "Injection",
     "IntegratedGradients",
+    "Localizer",
     "MemorizedSequence",
     "Neurons",
     "Random",
@@ -38,5 +57,7 @@ __all__ = [
     "mask",
     "mean_activations",
     "memory_budget",
+    "set_from_indices",
+    "top_components",
     "top_neurons",
 ]

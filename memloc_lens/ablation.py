@@ -1,135 +1,146 @@
-"""Switch neurons off, or turn them down, while a context is open.
+"""Switch components off, or scale them, while a context is open.
 
-Everything here acts through hooks on ``blocks.{layer}.mlp.hook_post``, the neurons' activations just before
-`W_out`, at every position: weights are never touched, and closing the context removes the hooks.
+Everything here acts in the forward pass, at every position: neurons at ``blocks.{layer}.mlp.hook_post``, just before
+`W_out`; heads at ``blocks.{layer}.attn.hook_z``; single weights of `W_out` by what the MLP writes. The weights are
+never touched, and closing the context removes the hooks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
-from memloc_lens.neurons import Neurons
+from memloc_lens.checks import check_choice, check_model, check_number
+from memloc_lens.components import NEURONS, Component, ComponentSet, Edit
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
-Hook = Callable[[Tensor, HookPoint], Tensor | None]
-
-
-def post(layer: int) -> str:
-    """The name of the hook point of a layer's neurons."""
-    return f"blocks.{layer}.mlp.hook_post"
+Ablation = Literal["zero", "mean", "scale"]
 
 
 @contextmanager
 def ablate(
     model: HookedTransformer,
-    neurons: Neurons | Sequence[Neurons],
-    kind: Literal["zero", "mean", "scale"] = "zero",
+    components: ComponentSet | Sequence[ComponentSet],
+    kind: Ablation = "zero",
     *,
-    over: Sequence[MemorizedSequence] | Float[Tensor, "layer neuron"] = (),
+    over: Sequence[MemorizedSequence] | Float[Tensor, "layer *activation"] = (),
     factor: float = 0.5,
 ) -> Iterator[None]:
-    """Ablate neurons at every position, in forward passes, gradients and every step of generation.
+    """Ablate neurons, heads or single weights at every position: in forward passes, gradients and generation.
 
     Contexts nest. An exception inside leaves the model as clean as a normal exit.
 
     Args:
         model: its weights stay as they are.
-        neurons: the set to ablate; or a list, with another set for each row of the batches that are run inside.
-        kind: set the activations to zero, to their mean over the text `over`, or multiply them by `factor`.
-        over: the sequences whose positions the mean is taken over, or what `mean_activations` gave for them;
-            needed for `"mean"` alone.
+        components: the set to ablate; or a list of sets of one kind, another one for each row of the batches that
+            run inside.
+        kind: set the components to zero, set activations to their mean over the text `over`, or multiply by `factor`.
+        over: for `"mean"` alone: sequences whose positions the mean is taken over, or the result of
+            `mean_activations` for them.
         factor: for `"scale"` alone.
 
     Raises:
-        ValueError: if the neurons have another model's shape, or `"mean"` comes without sequences.
+        ValueError: if the components have another model's shape, the kind is unknown, or `"mean"` is asked for
+            without text or for single weights.
 
     Example:
+        >>> neurons = top_neurons(Activations()(model, sequence), ratio=0.05, first_layer=1)
         >>> with ablate(model, neurons):
-        ...     model.generate(sequence.prompt, max_new_tokens=48)
+        ...     tokens = model.generate(sequence.prompt, max_new_tokens=8, verbose=False)
     """
-    all_members = neurons.members if isinstance(neurons, Neurons) else torch.stack([row.members for row in neurons])
-    _check_shape(model, all_members)
+    check_model(model)
+    check_choice("kind", kind, get_args(Ablation))
+    check_number("factor", factor)
+    sets = [components] if isinstance(components, ComponentSet) else components
+    component = _common_component(model, sets)
+    means = None
     if kind == "mean":
-        means = over if isinstance(over, Tensor) else mean_activations(model, over)
-    hooks: list[tuple[str, Hook]] = []
-    for layer, members in enumerate(all_members.unbind(dim=-2)):
-        if not members.any():
-            continue
-        if kind == "zero":
-            hooks.append((post(layer), _replacing(members, torch.zeros(()))))
-        elif kind == "mean":
-            hooks.append((post(layer), _replacing(members, means[layer])))
-        elif kind == "scale":
-            hooks.append((post(layer), _multiplying(torch.where(members, factor, 1.0))))
-        else:
-            raise ValueError(f"no ablation is called {kind!r}; there are 'zero', 'mean' and 'scale'")
-    with model.hooks(fwd_hooks=hooks):
+        means = over if isinstance(over, Tensor) else mean_activations(model, over, component)
+    edits: dict[int, Edit] = {}
+    for layer in range(model.cfg.n_layers):
+        rows = [members.layer(layer).to(model.cfg.device) for members in sets]
+        if any(row.any() for row in rows):
+            members = component.aligned(rows[0] if isinstance(components, ComponentSet) else torch.stack(rows))
+            if kind == "scale":
+                edits[layer] = partial(_scaled, torch.where(members, factor, 1.0))
+            else:
+                edits[layer] = partial(_replaced, members, torch.zeros(()) if means is None else means[layer])
+    with component.edited(model, edits):
         yield
 
 
-@contextmanager
+def _common_component(model: HookedTransformer, sets: Sequence[ComponentSet]) -> Component:
+    if not isinstance(sets, list | tuple) or not sets or not all(isinstance(item, ComponentSet) for item in sets):
+        raise ValueError(
+            f"the components are {type(sets).__name__}; give a set such as top_neurons(scores, ratio) returns, or a "
+            "list of them"
+        )
+    component = sets[0].component
+    for item in sets:
+        if item.component is not component:
+            raise ValueError(f"sets of {component.plural} and {item.component.plural} cannot be ablated in one list")
+        component.check_shape(model, item.shape)
+    return component
+
+
 def mask(
-    model: HookedTransformer, values: Float[Tensor, "*batch layer neuron"], first_layer: int = 0
-) -> Iterator[None]:
-    """Multiply the neurons' activations by a mask at every position.
+    model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], first_layer: int = 0
+) -> AbstractContextManager[None]:
+    """Multiply the neurons' activations by a mask at every position; see `Component.masked` for other components.
 
     Args:
         model: its weights stay as they are.
-        values: one factor a neuron; with a batch dimension, another mask for each row of the input.
-            Layers are counted from `first_layer`. Gradients reach it.
+        values: one factor a neuron; with a row dimension, another mask for each row of the input. Layers are counted
+            from `first_layer`. Gradients reach it.
         first_layer: layers before it are left alone.
 
     Raises:
         ValueError: if the mask has another model's shape.
+
+    Example:
+        >>> with mask(model, torch.ones(6, 768)):
+        ...     loss = model(sequence.tokens, return_type="loss")
     """
-    _check_shape(model, values, first_layer)
-    layers = values.unbind(dim=-2)
-    hooks = [(post(first_layer + place), _multiplying(layer)) for place, layer in enumerate(layers)]
-    with model.hooks(fwd_hooks=hooks):
-        yield
+    return NEURONS.masked(model, values, first_layer)
 
 
 @torch.no_grad()
-def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequence]) -> Float[Tensor, "layer neuron"]:
-    """Each neuron's activation, averaged over all positions of the sequences.
+def mean_activations(
+    model: HookedTransformer, sequences: Sequence[MemorizedSequence], component: Component = NEURONS
+) -> Float[Tensor, "layer *activation"]:
+    """Average the activations over all positions of the sequences.
+
+    Returns:
+        [layer, neuron]; for heads [layer, head, d_head].
 
     Raises:
-        ValueError: if there are no sequences.
+        ValueError: if there are no sequences, or for single weights, which have no activations.
+
+    Example:
+        >>> mean_activations(model, [sequence]).shape
+        torch.Size([6, 768])
     """
+    if not component.hook_point:
+        raise ValueError(f"{component.plural} have no activations to take a mean of; set them to zero, or scale them")
     if not sequences:
         raise ValueError("a mean ablation needs the text to take the mean over: ablate(..., 'mean', over=sequences)")
-    names = [post(layer) for layer in range(model.cfg.n_layers)]
-    total = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, device=model.cfg.device)
-    for _, tokens, _ in equal_length_batches(sequences, size=16):
-        _, cache = model.run_with_cache(tokens.to(model.cfg.device), return_type=None, names_filter=names)
-        total += torch.stack([cache[name].float().sum(dim=(0, 1)) for name in names])
+    names = [component.activations_at(layer) for layer in range(model.cfg.n_layers)]
+    total: Tensor | float = 0.0
+    for _, batch in equal_length_batches(sequences, size=16):
+        _, cache = model.run_with_cache(batch.tokens.to(model.cfg.device), return_type=None, names_filter=names)
+        total = total + torch.stack([cache[name].float().sum(dim=(0, 1)) for name in names])
+    assert isinstance(total, Tensor)
     return total / sum(len(sequence.tokens) for sequence in sequences)
 
 
-def _replacing(members: Tensor, value: Tensor) -> Hook:
-    def hook(activations: Tensor, hook: HookPoint) -> Tensor:
-        return torch.where(members.to(activations.device).unsqueeze(-2), value.to(activations), activations)
-
-    return hook
+def _replaced(members: Tensor, value: Tensor, activations: Tensor) -> Tensor:
+    return torch.where(members.to(activations.device), value.to(activations), activations)
 
 
-def _multiplying(factors: Tensor) -> Hook:
-    def hook(activations: Tensor, hook: HookPoint) -> Tensor:
-        return activations * factors.to(activations).unsqueeze(-2)
-
-    return hook
-
-
-def _check_shape(model: HookedTransformer, values: Tensor, first_layer: int = 0) -> None:
-    expected = (model.cfg.n_layers - first_layer, model.cfg.d_mlp)
-    if values.shape[-2:] != expected:
-        raise ValueError(
-            f"neurons of shape {list(values.shape[-2:])} [layer, neuron] do not fit {model.cfg.model_name}, "
-            f"which has {list(expected)}"
-        )
+def _scaled(factors: Tensor, activations: Tensor) -> Tensor:
+    return activations * factors.to(activations)

@@ -1,8 +1,7 @@
-"""The forward pass in parts, so that nobody computes more of it than is read."""
+"""The forward pass in parts, so that no more of it is computed than is read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -13,36 +12,87 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
+from memloc_lens.checks import check_first_layer
 from memloc_lens.products import fast_products
+from memloc_lens.sequence import Batch
 
-LOGITS_AT_ONCE = {True: 2**20, False: 2**28}
-"""Logits that are held at a time, on a CPU and elsewhere."""
+CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**20, 2**28
+"""Logits that are held at a time: on a CPU they should stay in its caches."""
 
 
-_prefix: ContextVar[tuple[int, dict[bytes, Tensor]] | None] = ContextVar("prefix", default=None)
+class PrefixCache:
+    """The residual stream that enters a layer, kept for every batch of tokens that has been run.
+
+    It serves passes without gradients in which nothing before the layer is ablated; others run whole.
+
+    Args:
+        model: whose layers before `layer` are clean.
+        layer: the first that may be ablated.
+
+    Example:
+        >>> prefix = PrefixCache(model, layer=1)
+        >>> batch = Batch(sequence.tokens[None], sequence.prompt_len)
+        >>> with torch.no_grad():
+        ...     residual = final_residual(model, batch, prefix)
+    """
+
+    def __init__(self, model: HookedTransformer, layer: int) -> None:
+        check_first_layer(layer, model.cfg.n_layers)
+        self._model, self._layer = model, layer
+        self._kept: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
+        later = tuple(f"blocks.{index}." for index in range(layer, model.cfg.n_layers)) + ("ln_final", "unembed")
+        self._before = [(name, part) for name, part in model.named_modules() if name and not name.startswith(later)]
+
+    def entering(
+        self, model: HookedTransformer, tokens: Int[Tensor, "row pos"]
+    ) -> tuple[int, Float[Tensor, "row pos d_model"]]:
+        """Return the layer and the residual stream that enters it, from the cache if it is there.
+
+        Raises:
+            ValueError: if the model is another one, or a hook before the layer makes what is kept stale.
+        """
+        if model is not self._model:
+            raise ValueError("a prefix cache serves the model it was made for; make another PrefixCache for this one")
+        if self._layer == 0 or torch.is_grad_enabled():  # what is kept has no graph for a backward pass
+            return 0, model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=0)
+        for name, part in self._before:
+            if part._forward_hooks or part._forward_pre_hooks:
+                raise ValueError(
+                    f"{name} has a hook, and the prefix cache holds layers before {self._layer} without it; ablate "
+                    f"layer {self._layer} and later ones, or run without the cache"
+                )
+        key = (tuple(tokens.shape), tokens.cpu().numpy().tobytes())
+        if key not in self._kept:
+            self._kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=self._layer)
+        return self._layer, self._kept[key]
 
 
 def final_residual(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
-) -> Float[Tensor, "batch suffix d_model"]:
-    """The residual stream after the last layer, before the final norm, at the target positions; see `kept_prefix`."""
-    # a kept prefix has no graph, and must not keep one
-    layer, kept = (None if torch.is_grad_enabled() else _prefix.get()) or (0, {})
-    key = repr(tuple(tokens.shape)).encode() + tokens.cpu().numpy().tobytes()
-    if key not in kept:
-        kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=layer)
-    return run_layers(model, kept[key], layer, prompt_len)
+    model: HookedTransformer, batch: Batch, prefix: PrefixCache | None = None
+) -> Float[Tensor, "row suffix d_model"]:
+    """Return the residual stream after the last layer, before the final norm, at the target positions.
+
+    Args:
+        model: used as it is, ablated or not.
+        batch: rows of equal length and prompt length.
+        prefix: where the layers before the first ablated one are kept.
+    """
+    if prefix is None:
+        layer, entering = 0, model(batch.tokens.to(model.cfg.device), return_type="logits", stop_at_layer=0)
+    else:
+        layer, entering = prefix.entering(model, batch.tokens)
+    return run_layers(model, entering, layer, batch.prompt_len)
 
 
 def run_layers(
-    model: HookedTransformer, residual: Float[Tensor, "batch pos d_model"], start: int, prompt_len: int
-) -> Float[Tensor, "batch suffix d_model"]:
-    """Run the layers from `start` on; of the last one only what the target positions need.
+    model: HookedTransformer, residual: Float[Tensor, "row pos d_model"], start: int, prompt_len: int
+) -> Float[Tensor, "row suffix d_model"]:
+    """Run the layers from `start` on; the last one at the target positions alone.
 
-    Other positions take part in the last layer by their keys and values alone.
+    Other positions only give keys and values to the last layer.
 
     Args:
-        model: whose hooks see the target positions only in the last layer's MLP.
+        model: its hooks see only the target positions in the last layer's MLP and queries.
         residual: the stream that enters layer `start`, at all positions.
         start: from 0 to the number of layers, which runs none.
         prompt_len: of the rows.
@@ -61,7 +111,7 @@ def run_layers(
 
 
 def _can_split_last_layer(model: HookedTransformer) -> bool:
-    """Whether the last layer's keys and values are all that other positions give to the targets, as it is written."""
+    """Tell whether `run_layers` knows all that other positions give to the targets in the last layer."""
     cfg = model.cfg
     return (
         cfg.positional_embedding_type in ("standard", "rotary")
@@ -71,43 +121,30 @@ def _can_split_last_layer(model: HookedTransformer) -> bool:
     )
 
 
-@contextmanager
-def kept_prefix(layer: int) -> Iterator[None]:
-    """Let `final_residual` run the layers before `layer` once for each batch of tokens, and keep what they give.
-
-    For one model, of which only later layers are ablated while the context is open, and for passes without gradients:
-    others run whole. It keeps a residual stream for
-    every batch, which goes when the context closes.
-    """
-    token = _prefix.set((layer, {}) if layer > 0 else None)
-    try:
-        yield
-    finally:
-        _prefix.reset(token)
-
-
 def target_logits(
-    model: HookedTransformer, residual: Float[Tensor, "batch suffix d_model"]
-) -> Float[Tensor, "batch suffix d_vocab"]:
-    """Logits of the suffix, from the final residual stream at the target positions, which predict it."""
+    model: HookedTransformer, residual: Float[Tensor, "row suffix d_model"]
+) -> Float[Tensor, "row suffix d_vocab"]:
+    """Return the logits of the suffix, from the final residual stream at the target positions."""
     logits = model.unembed(model.ln_final(residual))
     cap = model.cfg.output_logits_soft_cap
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
 def target_losses(
-    model: HookedTransformer,
-    residual: Float[Tensor, "batch suffix d_model"],
-    tokens: Int[Tensor, "batch pos"],
-    prompt_len: int,
-) -> Float[Tensor, "batch suffix"]:
-    """-log p(token | all before it) of every token of the suffix, in nats, in float32.
+    model: HookedTransformer, residual: Float[Tensor, "row suffix d_model"], batch: Batch
+) -> Float[Tensor, "row suffix"]:
+    """Return -log p(token | all before it) of every token of the suffix, in nats, in float32.
 
-    Logits are by far the largest tensor of a forward pass, and those that leave a processor's cache cost more than the
-    product that makes them. So they are made a few at a time, and where a gradient is wanted and the weights are
-    frozen, it is taken on the spot.
+    Logits are by far the largest tensor of a forward pass. Writing them to memory and reading them back costs more
+    than the matrix product that makes them. So a few are made at a time, and if a gradient is wanted and the weights
+    are frozen, it is taken before they are dropped.
+
+    Args:
+        model: whose unembedding is used.
+        residual: the final residual stream at the target positions.
+        batch: the rows that it belongs to.
     """
-    suffix = tokens[:, prompt_len:].to(residual.device)
+    suffix = batch.suffix.to(residual.device)
     if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad:
         logits = target_logits(model, residual).float()
         return cross_entropy(logits.transpose(1, 2), suffix, reduction="none")
@@ -120,17 +157,14 @@ def target_losses(
 
 
 def target_loss(
-    model: HookedTransformer,
-    residual: Float[Tensor, "batch suffix d_model"],
-    tokens: Int[Tensor, "batch pos"],
-    prompt_len: int,
-) -> Float[Tensor, " batch"]:
-    """Suffix loss of each row: the mean of `target_losses`, in nats, in float32."""
-    return target_losses(model, residual, tokens, prompt_len).mean(dim=1)
+    model: HookedTransformer, residual: Float[Tensor, "row suffix d_model"], batch: Batch
+) -> Float[Tensor, " row"]:
+    """Return the suffix loss of each row: the mean of `target_losses`, in nats, in float32."""
+    return target_losses(model, residual, batch).mean(dim=1)
 
 
 class _UnembeddedLoss(torch.autograd.Function):
-    """-log p of the gold token from the normalized stream; keeps the gradient by it in place of the logits."""
+    """-log p of the true token from the normalized stream; keeps the gradient with respect to it, not the logits."""
 
     @staticmethod
     def forward(
@@ -138,16 +172,17 @@ class _UnembeddedLoss(torch.autograd.Function):
         normalized: Float[Tensor, "target d_model"],
         weight: Float[Tensor, "d_model d_vocab"],
         bias: Float[Tensor, " d_vocab"],
-        gold: Int[Tensor, " target"],
+        true: Int[Tensor, " target"],
         wants_gradient: bool,
     ) -> Float[Tensor, " target"]:
         losses, gradients = [], []
-        at_once = max(16, LOGITS_AT_ONCE[gold.device.type == "cpu"] // weight.shape[1] // 64 * 64)
-        for part, wanted in zip(normalized.split(at_once), gold.split(at_once), strict=True):
+        logits_at_once = CPU_LOGITS_AT_ONCE if true.device.type == "cpu" else GPU_LOGITS_AT_ONCE
+        at_once = max(16, logits_at_once // weight.shape[1] // 64 * 64)
+        for part, wanted in zip(normalized.split(at_once), true.split(at_once), strict=True):
             log_probs = linear(part, weight.T, bias).float().log_softmax(dim=-1)
             losses.append(-log_probs.gather(1, wanted[:, None])[:, 0])
             if wants_gradient:
-                change = log_probs.exp_()  # softmax minus one-hot is the derivative by the logits
+                change = log_probs.exp_()  # softmax minus one-hot: the derivative with respect to the logits
                 change[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
                 gradients.append(change.to(weight.dtype) @ weight.T)
         if wants_gradient:
@@ -161,13 +196,13 @@ class _UnembeddedLoss(torch.autograd.Function):
 
 
 def norm_after_mlp(model: HookedTransformer) -> bool:
-    """Whether a norm stands between an MLP and the residual stream (Gemma 2, OLMo 2), so that neurons do not add up."""
+    """Tell whether a norm follows the MLP (Gemma 2, OLMo 2), so that neurons do not simply add to the stream."""
     return model.cfg.use_normalization_before_and_after or model.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
 
 @contextmanager
 def frozen(model: HookedTransformer) -> Iterator[None]:
-    """Evaluation mode and no gradients for parameters, both put back on leaving as they were."""
+    """Set evaluation mode and freeze the parameters; both are restored on leaving."""
     modes = [(module, module.training) for module in model.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()

@@ -1,15 +1,16 @@
-"""Write a sequence into a few known neurons, so that a localizer's answer can be checked.
+"""Write a sequence into a few known neurons or weights, so that the answer of a localizer can be checked.
 
 Chang et al. (2024), sec. 3.1:
 
-1. Draw a share of all neurons, uniformly across the layers: the gold set.
-2. Train their rows of `W_out`, and nothing else, until the model knows the whole sequence by heart. If wanted,
-   the rows only turn and keep their lengths, so that the gold set cannot be told from the weights' norms.
-3. Hand the model over; on leaving, put the rows back as they were, bit for bit.
+1. Draw a share of all neurons (or of all weights of `W_out`), uniformly across the layers: the ground truth.
+2. Train their rows of `W_out` (or the weights themselves), and nothing else, until the model has memorized the whole
+   sequence. Optionally, rows only turn and keep their lengths, so that the norms of the weights do not give the ground
+   truth away.
+3. Hand the model over; on leaving, restore the weights bit for bit.
 
-Only a change of k rows is trained, as a tensor [k, d_model] that hooks add to what the MLPs write: gradients and
-optimizer state are as small as the gold set, whatever the size of the model, and layers before the first gold
-neuron, which the change cannot reach, run once.
+Only the change is trained, as a tensor [row, d_model] or [weight] that hooks add to what the MLPs write: gradients and
+optimizer state are as small as the ground truth, whatever the size of the model, and layers before the first changed
+one run once.
 """
 
 from collections.abc import Iterator
@@ -17,35 +18,50 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformer_lens import HookedTransformer
 
-from memloc_lens.ablation import post
+from memloc_lens.checks import check_choice, check_model, check_number
+from memloc_lens.components import (
+    NEURONS,
+    Component,
+    ComponentName,
+    ComponentSet,
+    Neurons,
+    component_of,
+    count_of,
+    post,
+)
 from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
-from memloc_lens.neurons import Neurons, neurons_taken
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 
 @dataclass(frozen=True)
 class Injection:
-    """What `inject` has done to a model.
+    """The result of `inject`.
 
     Args:
-        neurons: the gold set, whose rows of `W_out` were trained.
-        loss: of the whole sequence in the model as it now is: mean over all tokens but the first, in nats.
-        steps: of Adam that were taken.
+        ground_truth: components whose weights were trained.
+        loss: of the whole sequence in the changed model: mean over all tokens but the first, in nats.
+        steps: number of Adam steps taken.
         succeeded: whether the loss is under the one asked for.
-        norm_change: how much longer each neuron's row of `W_out` has become; 0 outside the gold set.
+        norm_change: how much longer each neuron's row of `W_out`, or larger each weight, has become.
     """
 
-    neurons: Neurons
+    ground_truth: ComponentSet
     loss: float
     steps: int
     succeeded: bool
-    norm_change: Float[Tensor, "layer neuron"]
+    norm_change: Float[Tensor, "layer *unit"]
+
+    @property
+    def neurons(self) -> ComponentSet:
+        """The ground truth."""
+        return self.ground_truth
 
 
 @contextmanager
@@ -58,94 +74,111 @@ def inject(
     max_steps: int = 200,
     target_loss: float = 0.05,
     keep_norms: bool = False,
+    component: ComponentName = "neuron",
 ) -> Iterator[Injection]:
-    """Let the model memorize a sequence in a random share of its neurons, while the context is open.
+    """Let the model memorize a sequence in a random share of its neurons or weights, while the context is open.
 
-    On leaving, also by an exception or Ctrl-C, every parameter is what it was, bit for bit. Contexts nest.
+    On leaving, also by an exception or Ctrl-C, every parameter is restored bit for bit. Contexts nest.
 
     Args:
-        model: only rows of `W_out` that belong to the gold set change, in place.
+        model: only the weights of the ground truth change, in place.
         sequence: learned whole, from its second token on, whatever its `prompt_len`.
-        ratio: share of all neurons to draw, to the nearest number, in (0, 1].
-        seed: of the draw; training itself is deterministic.
-        lr: learning rate of Adam; the paper takes 0.01 for a ratio of 1%, 0.05 for 0.1%.
-        max_steps: of Adam, at the most.
+        ratio: share of all components to draw, to the nearest number, in (0, 1].
+        seed: of the draw. Training itself is deterministic.
+        lr: learning rate of Adam. The paper takes 0.01 for a ratio of 1%, 0.05 for 0.1%.
+        max_steps: maximum number of Adam steps.
         target_loss: training ends when the mean loss of the sequence is under it, in nats.
-        keep_norms: hold every row of `W_out` at its length. Not in the paper.
+        keep_norms: keep the length of every row of `W_out`. For neurons only. Not in the paper.
+        component: kind of the ground truth: "neuron", or "weight" for single weights of `W_out`.
 
     Raises:
-        ValueError: if the ratio takes no neuron, if the model cannot read the sequence, or if `lr`, `max_steps` or
-            `target_loss` is not positive.
+        ValueError: if the ratio takes no component, the model cannot read the sequence, or a setting is out of range.
 
     Example:
         >>> with inject(model, sequence, ratio=0.01) as injected:
-        ...     scores = Slimming()(model, sequence)
-        >>> len(injected.neurons)
-        46
+        ...     scores = Activations()(model, sequence)
+        >>> injected.neurons
+        <46 of 4608 neurons in layers 0 to 5>
     """
-    for name, value in (("lr", lr), ("max_steps", max_steps), ("target_loss", target_loss)):
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
-    sequence.check_fits(model)
-    gold = _draw(model, ratio, seed)
-    change, steps = _train(model, sequence.tokens[None], gold, lr, max_steps, target_loss, keep_norms)
-    rows_before = [block.mlp.W_out.detach()[members] for block, members in _each(model, gold)]
-    norms_before = [rows.float().norm(dim=1) for rows in rows_before]
+    check_model(model)
+    for name, value in (("lr", lr), ("target_loss", target_loss)):
+        check_number(name, value, above=0)
+    check_number("max_steps", max_steps, least=1, whole=True)
+    check_choice("component", component, ("neuron", "weight"))
+    if keep_norms and component != "neuron":
+        raise ValueError("keep_norms keeps the lengths of rows of W_out; it needs component='neuron'")
+    check_sequences(model, sequence)
+    whole = Batch(sequence.tokens[None].to(model.cfg.device), prompt_len=1)
+    gold = _draw(model, component_of(component), ratio, seed)
+    change, steps = _train(model, whole, gold, lr, max_steps, target_loss, keep_norms)
+    before = [block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]
     try:
         norm_change = torch.zeros(gold.shape, device=change.device)
-        places = zip(_each(model, gold), rows_before, norms_before, _split(change, gold), strict=True)
-        for layer, ((block, members), rows, norms, added) in enumerate(places):
-            block.mlp.W_out.data[members] = (rows + added).to(rows.dtype)
-            norm_change[layer, members] = block.mlp.W_out.detach()[members].float().norm(dim=1) - norms
-        loss = _loss(model, sequence.tokens[None])
-        yield Injection(Neurons(gold), loss, steps, loss < target_loss, norm_change)
+        parts = zip(_layers(model, gold), before, _split(change, gold), strict=True)
+        for layer, ((block, members), weights, added) in enumerate(parts):
+            block.mlp.W_out.data[members] = (weights + added).to(weights.dtype)
+            norm_change[layer, members] = _norms(block.mlp.W_out.detach()[members]) - _norms(weights)
+        loss = _loss(model, whole)
+        ground_truth = Neurons(gold) if component == "neuron" else ComponentSet(gold, component_of(component))
+        yield Injection(ground_truth, loss, steps, loss < target_loss, norm_change)
     finally:
-        for (block, members), rows in zip(_each(model, gold), rows_before, strict=True):
-            block.mlp.W_out.data[members] = rows
+        for (block, members), weights in zip(_layers(model, gold), before, strict=True):
+            block.mlp.W_out.data[members] = weights
 
 
-def _draw(model: HookedTransformer, ratio: float, seed: int) -> Bool[Tensor, "layer neuron"]:
-    total = model.cfg.n_layers * model.cfg.d_mlp
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+def _draw(model: HookedTransformer, component: Component, ratio: float, seed: int) -> Bool[Tensor, "layer *unit"]:
+    shape = component.shape(model)
+    total = int(np.prod(shape))
+    count = count_of(ratio, total, "nearest", component.plural)
+    if component is NEURONS:
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+    else:  # a permutation of all weights of a large model would not fit into memory
+        chosen = torch.from_numpy(np.random.default_rng(seed).choice(total, count, replace=False, shuffle=False))
     gold = torch.zeros(total, dtype=torch.bool)
-    gold[chosen[: neurons_taken(ratio, total, "nearest")]] = True
-    return gold.view(model.cfg.n_layers, model.cfg.d_mlp).to(model.cfg.device)
+    gold[chosen] = True
+    return gold.view(shape).to(model.cfg.device)
 
 
-def _each(model: HookedTransformer, gold: Bool[Tensor, "layer neuron"]) -> Iterator[tuple[Any, Tensor]]:
+def _layers(model: HookedTransformer, gold: Bool[Tensor, "layer *unit"]) -> Iterator[tuple[Any, Tensor]]:
     return zip(model.blocks, gold, strict=True)
 
 
-def _split(change: Float[Tensor, "gold d_model"], gold: Bool[Tensor, "layer neuron"]) -> tuple[Tensor, ...]:
-    return change.split(gold.sum(dim=1).tolist())
+def _split(change: Float[Tensor, "gold *d_model"], gold: Bool[Tensor, "layer *unit"]) -> tuple[Tensor, ...]:
+    return change.split(gold.flatten(1).sum(dim=1).tolist())
+
+
+def _norms(weights: Float[Tensor, "gold *d_model"]) -> Float[Tensor, " gold"]:
+    """Return the lengths of rows [gold, d_model], or the sizes of single weights [gold]."""
+    return weights.float().norm(dim=1) if weights.ndim == 2 else weights.float().abs()
 
 
 def _train(
     model: HookedTransformer,
-    tokens: Int[Tensor, "1 pos"],
-    gold: Bool[Tensor, "layer neuron"],
+    whole: Batch,
+    gold: Bool[Tensor, "layer *unit"],
     lr: float,
     max_steps: int,
     wanted: float,
     keep_norms: bool,
-) -> tuple[Float[Tensor, "gold d_model"], int]:
-    """The change of the gold rows, in float32, and the steps of Adam that it took."""
-    tokens = tokens.to(model.cfg.device)
-    first = int(gold.any(dim=1).nonzero()[0])
-    rows = torch.cat([block.mlp.W_out.detach()[members] for block, members in _each(model, gold)]).float()
-    drift = torch.zeros_like(rows, requires_grad=True)
+) -> tuple[Float[Tensor, "gold *d_model"], int]:
+    """Return the change of the weights, in float32, and the number of Adam steps that it took."""
+    first = int(gold.flatten(1).any(dim=1).nonzero()[0])
+    weights = torch.cat([block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]).float()
+    drift = torch.zeros_like(weights, requires_grad=True)
     optimizer = torch.optim.Adam([drift], lr=lr)
 
     def change() -> Tensor:
-        return normalize(rows + drift, dim=1) * rows.norm(dim=1, keepdim=True) - rows if keep_norms else drift
+        if not keep_norms:
+            return drift
+        return normalize(weights + drift, dim=1) * weights.norm(dim=1, keepdim=True) - weights
 
     with frozen(model):
         with torch.no_grad():
-            before = model(tokens, return_type="logits", stop_at_layer=first)
+            before = model(whole.tokens, return_type="logits", stop_at_layer=first)
         for step in range(max_steps):
             with torch.enable_grad(), _changed(model, change(), gold):
-                residual = run_layers(model, before, first, prompt_len=1)
-                loss = target_loss(model, residual, tokens, prompt_len=1).sum()
+                residual = run_layers(model, before, first, whole.prompt_len)
+                loss = target_loss(model, residual, whole).sum()
             if loss.item() < wanted:
                 return change().detach(), step
             optimizer.zero_grad()
@@ -156,26 +189,42 @@ def _train(
 
 @contextmanager
 def _changed(
-    model: HookedTransformer, change: Float[Tensor, "gold d_model"], gold: Bool[Tensor, "layer neuron"]
+    model: HookedTransformer, change: Float[Tensor, "gold *d_model"], gold: Bool[Tensor, "layer *unit"]
 ) -> Iterator[None]:
-    """Let the MLPs write as if the change had been added to their gold rows."""
+    """Let the MLPs write as if the change had been added to the weights of the ground truth."""
     with ExitStack() as stack:
-        for layer, ((block, members), rows) in enumerate(zip(_each(model, gold), _split(change, gold), strict=True)):
-            if not len(rows):
+        for layer, ((block, members), part) in enumerate(zip(_layers(model, gold), _split(change, gold), strict=True)):
+            if not len(part):
                 continue
-            kept: list[Tensor] = []
+            seen: list[Tensor] = []
 
-            def keep(activations: Tensor, hook: Any, members: Tensor = members, kept: list[Tensor] = kept) -> None:
-                kept.append(activations[..., members])
+            def keep(activations: Tensor, hook: Any, seen: list[Tensor] = seen) -> None:
+                seen.append(activations)
 
-            def add(_: Any, __: Any, output: Tensor, rows: Tensor = rows, kept: list[Tensor] = kept) -> Tensor:
-                return output + kept.pop() @ rows.to(output.dtype)
+            def add(
+                _: Any,
+                __: Any,
+                output: Tensor,
+                members: Tensor = members,
+                part: Tensor = part,
+                seen: list[Tensor] = seen,
+            ) -> Tensor:
+                return output + _written(seen.pop(), members, part.to(output.dtype))
 
             stack.enter_context(model.hooks(fwd_hooks=[(post(layer), keep)]))
             stack.callback(block.mlp.register_forward_hook(add).remove)
         yield
 
 
-def _loss(model: HookedTransformer, tokens: Int[Tensor, "1 pos"]) -> float:
+def _written(
+    activations: Float[Tensor, "row pos neuron"], members: Bool[Tensor, "neuron *d_model"], change: Tensor
+) -> Float[Tensor, "row pos d_model"]:
+    """Return what a change of rows [gold, d_model], or of single weights [gold], adds to the output of an MLP."""
+    if members.ndim == 1:
+        return activations[..., members] @ change
+    return activations @ change.new_zeros(members.shape).masked_scatter(members, change)
+
+
+def _loss(model: HookedTransformer, whole: Batch) -> float:
     with torch.no_grad(), frozen(model):
-        return target_loss(model, final_residual(model, tokens, 1), tokens, prompt_len=1).item()
+        return target_loss(model, final_residual(model, whole), whole).item()

@@ -1,15 +1,14 @@
-"""How many copies of a sequence are run at once: as many as memory and caches have room for.
+"""How many copies of a sequence run at once: as many as memory and caches have room for.
 
     with memory_budget("8GiB"):
         scores = ZeroOut()(model, sequence)
 
-Without a budget it is what is free on the device. Running out of it on a GPU halves the copies and goes on.
+Default: half of the free memory of the device. If a GPU runs out of memory, half as many copies are tried.
 """
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import TypeVar
 
 import psutil
@@ -17,46 +16,54 @@ import torch
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-TOKENS_AT_ONCE = {True: 2560, False: 2**16}
-"""Tokens in one pass, on a CPU and elsewhere: more gain nothing, and on a CPU leave its caches."""
+CPU_TOKENS_AT_ONCE, GPU_TOKENS_AT_ONCE = 2560, 2**16
+"""Tokens in one pass: more gain nothing, and on a CPU they no longer fit its caches."""
+
+BYTES_OF_A_PARAMETER = 4 * 8
+"""In float32: the entry, its gradient, two moments of Adam, the best so far, and what the forward pass makes of it."""
 
 UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 Result = TypeVar("Result")
 
-_room: ContextVar[int | None] = ContextVar("room", default=None)
+_rooms: list[int] = []
+"""Bytes that the open budgets leave, outermost first. Memory belongs to the process, and so does its budget: worker
+threads keep to it too."""
 
 
 @contextmanager
 def memory_budget(limit: str, device: str | torch.device = "cpu") -> Iterator[None]:
-    """Keep what this process takes on a device under a limit, while localizers run inside.
+    """Bound the memory that this process takes on a device while localizers run inside, in any of its threads.
 
     Args:
-        limit: of all that the process takes there, the model included: "8GiB", "500 MB".
+        limit: of all memory that the process takes there, the model included: "8GiB", "500 MB".
         device: where the model is.
 
     Raises:
-        ValueError: if the limit is no amount of memory, or the process takes more already.
+        ValueError: if the limit is not an amount of memory, or the process takes more already.
 
     Example:
-        >>> with memory_budget("8GiB"):
-        ...     scores = ZeroOut()(model, sequence)
+        >>> with memory_budget("64GiB"):
+        ...     scores = ZeroOut(candidates=0.01)(model, sequence)
     """
     wanted, taken = parse_memory(limit), _taken(torch.device(device))
     if wanted <= taken:
-        raise ValueError(f"memory is {limit}, and {taken / 2**30:.2f} GiB are taken by the model and Python already")
-    token = _room.set(wanted - taken)
+        raise ValueError(
+            f"memory is {limit}, and {taken / 2**30:.2f} GiB are taken by the model and Python already; allow more"
+        )
+    room = wanted - taken
+    _rooms.append(room)
     try:
         yield
     finally:
-        _room.reset(token)
+        _rooms.remove(room)
 
 
 def parse_memory(text: str) -> int:
-    """An amount of memory in bytes.
+    """Return an amount of memory in bytes.
 
     Raises:
-        ValueError: if the text is none.
+        ValueError: if the text is not a number with a unit.
 
     Example:
         >>> parse_memory("1.5 GiB")
@@ -68,25 +75,27 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def rows_at_once(model: HookedTransformer, length: int, targets: int, graph_layers: int = 0) -> int:
-    """How many rows of a batch fit, at least 1.
+def rows_at_once(
+    model: HookedTransformer, length: int, targets: int, graph_layers: int = 0, parameters: int = 0
+) -> int:
+    """Return how many rows of a batch fit, at least 1.
 
     Args:
-        model: as it is loaded.
-        length: tokens of a row.
+        model: the model that runs.
+        length: tokens in a row.
         targets: positions of a row that are unembedded.
         graph_layers: layers whose activations are kept for a backward pass; 0 keeps none.
+        parameters: trained for each row, as the entries of a mask.
     """
     device = torch.device(model.cfg.device)
-    room = _room.get()
-    if room is None:
-        room = _free(device) // 2
-    by_memory = room // _row_bytes(model, length, targets, graph_layers)
-    return max(1, min(by_memory, TOKENS_AT_ONCE[device.type == "cpu"] // length))
+    room = _rooms[-1] if _rooms else _free(device) // 2
+    row_bytes = _row_bytes(model, length, targets, graph_layers) + BYTES_OF_A_PARAMETER * parameters
+    tokens_at_once = CPU_TOKENS_AT_ONCE if device.type == "cpu" else GPU_TOKENS_AT_ONCE
+    return max(1, min(room // row_bytes, tokens_at_once // length))
 
 
 def in_chunks(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> list[Result]:
-    """What `work` makes of the items, `size` at a time; where that is too much for a GPU, half as many, and so on."""
+    """Apply `work` to the items, `size` at a time; where a GPU has no room for so many, to half as many, and so on."""
     results: list[Result] = []
     start = 0
     while start < len(items):
@@ -105,7 +114,7 @@ def in_chunks(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> lis
 
 
 def _row_bytes(model: HookedTransformer, length: int, targets: int, graph_layers: int) -> int:
-    """What a row takes at its peak, counted generously: tensors of TransformerLens' forward pass, by width."""
+    """Estimate the peak memory of a row, generously: the tensors of TransformerLens' forward pass, by width."""
     cfg = model.cfg
     assert cfg.d_mlp is not None
     size = model.W_E.element_size()

@@ -1,13 +1,13 @@
-"""What a model recalls of a sequence, how well it predicts other text, and how well scores find known neurons.
+"""Metrics: how much of a sequence a model recites, how well it predicts other text, how well scores find components.
 
-Predictions come first, `teacher_forced` or `free_running`; `suffix_accuracy` and `text_distance` then compare
-them with the truth. These functions act under whatever ablation is open. `recall` and what follows it need no
-model: they compare scores, or the neurons chosen by them, with the gold set of an injection.
+Predictions come first, `teacher_forced` or `free_running`; `suffix_accuracy` and `text_distance` then compare them with
+the true suffix. These functions act under any ablation that is open. `recall` and the functions after it need no
+model: they compare scores, or the components chosen by them, with the ground truth of an injection.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -16,66 +16,60 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.forward import final_residual, target_logits, target_loss
+from memloc_lens.checks import check_choice, check_model, check_tensor
+from memloc_lens.components import ComponentSet, Scope, count_of
+from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss
+from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.memory import rows_at_once
-from memloc_lens.models import generates_with_cache
-from memloc_lens.neurons import Neurons, neurons_taken
-from memloc_lens.sequence import MemorizedSequence, decode, equal_length_batches
+from memloc_lens.sequence import Batch, MemorizedSequence, decode, equal_length_batches
 
-Predictions = list[Int[Tensor, " suffix"]]
-"""For each sequence the suffix that the model predicts, on the CPU."""
+__all__ = [
+    "Predictions",
+    "auroc",
+    "average_precision",
+    "free_running",
+    "perplexity",
+    "recall",
+    "recall_ceiling",
+    "row_losses",
+    "suffix_accuracy",
+    "suffix_loss",
+    "teacher_forced",
+    "text_distance",
+    "text_rows",
+]
 
 
 @torch.no_grad()
-def teacher_forced(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16) -> Predictions:
-    """The likeliest token at every target position, given all true tokens before it.
+def teacher_forced(
+    model: HookedTransformer,
+    sequences: Sequence[MemorizedSequence],
+    batch: int = 16,
+    prefix: PrefixCache | None = None,
+) -> Predictions:
+    """Return the most probable token at every target position, given all true tokens before it.
 
     Args:
         model: used as it is, ablated or not.
         sequences: of any lengths.
-        batch: sequences at a time, at the most.
+        batch: maximum number of sequences at a time.
+        prefix: cache of the layers before the first ablated one.
+
+    Example:
+        >>> suffix_accuracy(teacher_forced(model, [sequence]), [sequence])
+        tensor([100.])
     """
+    check_model(model)
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
-        logits = target_logits(model, final_residual(model, tokens, prompt_len))
-        for place, predicted in zip(places, logits.argmax(dim=-1).cpu(), strict=True):
-            predictions[place] = predicted
+    for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
+        logits = target_logits(model, final_residual(model, group, prefix))
+        for index, predicted in zip(indices, logits.argmax(dim=-1).cpu(), strict=True):
+            predictions[index] = predicted
     return predictions
-
-
-@torch.no_grad()
-def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16) -> Predictions:
-    """The greedy continuation of each prompt, as long as the true suffix.
-
-    Args:
-        model: used as it is, ablated or not.
-        sequences: of any lengths.
-        batch: sequences at a time, at the most.
-    """
-    predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
-        generated = model.generate(
-            tokens[:, :prompt_len].to(model.cfg.device),
-            max_new_tokens=tokens.shape[1] - prompt_len,
-            do_sample=False,
-            stop_at_eos=False,
-            use_past_kv_cache=generates_with_cache(model),
-            prepend_bos=False,
-            verbose=False,
-        )
-        for place, predicted in zip(places, generated[:, prompt_len:].cpu(), strict=True):
-            predictions[place] = predicted
-    return predictions
-
-
-def _rows(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int) -> int:
-    """As many sequences at a time as memory has room for, and `batch` at the most."""
-    length = max((len(sequence.tokens) for sequence in sequences), default=1)
-    return min(batch, rows_at_once(model, length, length))
 
 
 def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> Float[Tensor, " sequence"]:
-    """The share of each suffix that is predicted right, token by token, in points (0 to 100)."""
+    """Return the share of the tokens of each suffix that are predicted right, in points (0 to 100)."""
     pairs = zip(predictions, sequences, strict=True)
     return torch.tensor(
         [100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs]
@@ -85,7 +79,7 @@ def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSeque
 def text_distance(
     model: HookedTransformer, predictions: Predictions, sequences: Sequence[MemorizedSequence]
 ) -> Float[Tensor, " sequence"]:
-    """Levenshtein distance, in characters, from each text to its prompt with the predicted suffix.
+    """Return the Levenshtein distance, in characters, from each text to its prompt with the predicted suffix.
 
     Raises:
         ValueError: if the model has no tokenizer.
@@ -103,42 +97,60 @@ def text_distance(
 def suffix_loss(
     model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16
 ) -> Float[Tensor, " sequence"]:
-    """Mean of -log p(token | all before it) over each suffix, in nats."""
+    """Return the mean of -log p(token | all before it) over each suffix, in nats.
+
+    Example:
+        >>> suffix_loss(model, [sequence]).shape
+        torch.Size([1])
+    """
+    check_model(model)
     losses = torch.zeros(len(sequences))
-    for places, tokens, prompt_len in equal_length_batches(sequences, _rows(model, sequences, batch)):
-        losses[places] = target_loss(model, final_residual(model, tokens, prompt_len), tokens, prompt_len).cpu()
+    for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
+        losses[indices] = target_loss(model, final_residual(model, group), group).cpu()
     return losses
 
 
-def perplexity(model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16) -> float:
-    """exp of the mean negative log-likelihood (nats) over all tokens of the rows but each row's first.
+def perplexity(
+    model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
+) -> float:
+    """Return exp of the mean negative log-likelihood (nats) over all tokens of the rows but each row's first.
 
     The released code of Chang et al. (2024) reports 2 to the power of the same mean.
 
     Args:
         model: used as it is, ablated or not.
-        rows: text the model is not meant to know by heart; see `text_rows`.
-        batch: rows at a time, at the most.
+        rows: text that the model should not have memorized; see `text_rows`.
+        batch: maximum number of rows at a time.
+        prefix: cache of the layers before the first ablated one.
+
+    Example:
+        >>> perplexity(model, text_rows(model, ["Return the number of items in the list. " * 8], 64, 32)) > 1
+        True
     """
-    return math.exp(row_losses(model, rows, batch).mean().item())
+    return math.exp(row_losses(model, rows, batch, prefix).mean().item())
 
 
 @torch.no_grad()
-def row_losses(model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16) -> Float[Tensor, " row"]:
-    """The mean negative log-likelihood (nats) of each row, over all its tokens but the first."""
+def row_losses(
+    model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
+) -> Float[Tensor, " row"]:
+    """Return the mean negative log-likelihood (nats) of each row, over all its tokens but the first."""
+    check_model(model)
+    check_tensor("rows", rows, "row, pos")
     size = min(batch, rows_at_once(model, rows.shape[1], rows.shape[1]))
-    losses = [target_loss(model, final_residual(model, part, 1), part, 1) for part in rows.split(size)]
+    parts = [Batch(part, prompt_len=1) for part in rows.split(size)]
+    losses = [target_loss(model, final_residual(model, part, prefix), part) for part in parts]
     return torch.cat(losses).double().cpu()
 
 
 def text_rows(model: HookedTransformer, texts: Sequence[str], tokens: int, length: int = 128) -> Int[Tensor, "row pos"]:
-    """The first `tokens` tokens of the texts, end to end, in rows of equal length.
+    """Return the first tokens of the texts, joined and cut into rows of equal length.
 
     Args:
-        model: whose tokenizer reads the texts; an end-of-text token stands between two texts.
-        texts: at least one row's worth.
-        tokens: wanted in all.
-        length: of a row, lowered to what the model reads.
+        model: whose tokenizer reads the texts. An end-of-text token separates two texts.
+        texts: enough for at least one row.
+        tokens: total number of tokens.
+        length: of a row, at most what the model reads.
 
     Raises:
         ValueError: if the model has no tokenizer, or the texts fill no row.
@@ -158,44 +170,62 @@ def text_rows(model: HookedTransformer, texts: Sequence[str], tokens: int, lengt
     return torch.tensor(stream[: rows * length]).view(rows, length)
 
 
-def recall(gold: Neurons, predicted: Neurons) -> float:
-    """The share of the gold neurons that are among the predicted, in points (Chang et al., 2024, eq. 4).
+def recall(gold: ComponentSet, predicted: ComponentSet) -> float:
+    """Return the share of the ground truth that is among the predicted components, in points (eq. 4 of the paper).
 
     Raises:
-        ValueError: if there is no gold neuron, or the sets are of models of different shape.
+        ValueError: if the ground truth is empty or everything, or the sets are of different kind or shape.
     """
     return 100 * len(gold & predicted) / _count(gold)
 
 
-def recall_ceiling(gold: Neurons, ratio: float, scope: Literal["layer", "global"] = "layer") -> float:
-    """The recall of perfect scores when `top_neurons` takes a share of the neurons, in points.
+def recall_ceiling(gold: ComponentSet, ratio: float, scope: Scope = "layer") -> float:
+    """Return the recall of perfect scores when a share of the components is predicted, in points.
 
-    Gold neurons are drawn across all layers, so that some layers have more of them than their share: at a ratio
-    equal to that of the injection even perfect scores miss some of these.
+    The ground truth is drawn across all layers, so that some layers hold more of it than their share: at the ratio of
+    the injection even perfect scores miss some of these.
 
     Args:
-        gold: at least one neuron.
-        ratio: share that is taken, to the nearest number.
-        scope: the share of every layer, or of all layers together.
+        gold: the ground truth, at least one component.
+        ratio: share that is predicted, to the nearest number.
+        scope: take the share of every layer, or of all layers together.
     """
-    in_layers = gold.members.sum(dim=1) if scope == "layer" else gold.members.sum().view(1)
-    taken = neurons_taken(ratio, gold.members.numel() // len(in_layers), "nearest")
-    return 100 * in_layers.clamp(max=taken).sum().item() / _count(gold)
+    check_choice("scope", scope, get_args(Scope))
+    by_layer = gold.counts()
+    total = math.prod(gold.shape)
+    found = by_layer if scope == "layer" else [sum(by_layer)]
+    taken = count_of(ratio, total // len(found), "nearest", gold.component.plural)
+    return 100 * sum(min(count, taken) for count in found) / _count(gold)
 
 
-def auroc(scores: Float[Tensor, "layer neuron"], gold: Neurons) -> float:
-    """The probability that a gold neuron scores above another, in [0, 1]; 0.5 is chance, and a tie counts half."""
-    _count(gold)
+def auroc(scores: Float[Tensor, "layer *unit"], gold: ComponentSet) -> float:
+    """Return the probability that a component of the ground truth scores above another one.
+
+    In [0, 1]; 0.5 is chance, and a tie counts half.
+    """
+    _check_scores(scores, gold)
     return float(roc_auc_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
 
 
-def average_precision(scores: Float[Tensor, "layer neuron"], gold: Neurons) -> float:
-    """Precision at each gold neuron's score, averaged over them, in [0, 1]; chance is the gold share."""
-    _count(gold)
+def average_precision(scores: Float[Tensor, "layer *unit"], gold: ComponentSet) -> float:
+    """Return the precision at the score of each component of the ground truth, averaged over them.
+
+    In [0, 1]; chance is the share of the ground truth.
+    """
+    _check_scores(scores, gold)
     return float(average_precision_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
 
 
-def _count(gold: Neurons) -> int:
-    if not 0 < len(gold) < gold.members.numel():
-        raise ValueError(f"{len(gold)} of {gold.members.numel()} neurons are gold; there must be some, and others")
+def _check_scores(scores: Tensor, gold: ComponentSet) -> None:
+    _count(gold)
+    if tuple(scores.shape) != gold.shape:
+        raise ValueError(f"scores of shape {list(scores.shape)} do not fit {gold!r} of shape {list(gold.shape)}")
+
+
+def _count(gold: ComponentSet) -> int:
+    total = math.prod(gold.shape)
+    if not 0 < len(gold) < total:
+        raise ValueError(
+            f"{len(gold)} of {total} {gold.component.plural} are the ground truth; there must be some, and others"
+        )
     return len(gold)

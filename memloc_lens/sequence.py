@@ -1,26 +1,34 @@
-"""A memorized sequence: the tokens of a text, of which the prompt is given and the suffix recalled."""
+"""A memorized sequence: the tokens of a text, split into a prompt that is given and a suffix that is recited."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.checks import check_model
+
 
 @dataclass(frozen=True, eq=False)
 class MemorizedSequence:
-    """A text as tokens: a prompt of `prompt_len` tokens, then the suffix that a model may know by heart.
+    """A text as tokens: a prompt of `prompt_len` tokens, then the suffix that a model may have memorized.
 
     Args:
-        tokens: the whole text.
-        prompt_len: tokens given to the model, at least 1 and fewer than there are.
-        id: a name that records and files are labelled with.
-        category: subjects the text belongs to; two sequences are related if they share one.
+        tokens: of the whole text: a tensor, or a list or array of whole numbers.
+        prompt_len: number of tokens in the prompt, at least 1 and fewer than all.
+        id: label of the sequence in records and files.
+        category: subjects of the text. Two sequences are related if they share one.
 
     Raises:
-        ValueError: if there are no tokens, or no token is left after the prompt.
+        ValueError: if the tokens are not one row of whole numbers, or no token is left after the prompt.
+
+    Example:
+        >>> MemorizedSequence([5, 6, 7, 8], prompt_len=3).suffix.tolist()
+        [8]
     """
 
     tokens: Int[Tensor, " pos"]
@@ -29,49 +37,58 @@ class MemorizedSequence:
     category: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.tokens.ndim != 1 or len(self.tokens) == 0:
+        tokens = _whole_numbers(self.tokens, self.id)
+        if isinstance(self.prompt_len, bool) or not isinstance(self.prompt_len, Integral):
+            raise ValueError(f"sequence {self.id!r} has prompt_len {self.prompt_len!r}; it must be a whole number")
+        if not 1 <= self.prompt_len < len(tokens):
             raise ValueError(
-                f"sequence {self.id!r} has tokens of shape {list(self.tokens.shape)}; "
-                "a sequence is one row of at least 2"
+                f"sequence {self.id!r} has prompt_len {self.prompt_len} and {len(tokens)} tokens; "
+                f"prompt_len must be between 1 and {len(tokens) - 1}"
             )
-        if not 1 <= self.prompt_len < len(self.tokens):
-            raise ValueError(
-                f"sequence {self.id!r} has prompt_len {self.prompt_len} and {len(self.tokens)} tokens; "
-                f"prompt_len must be between 1 and {len(self.tokens) - 1}"
-            )
+        object.__setattr__(self, "tokens", tokens)
+        object.__setattr__(self, "prompt_len", int(self.prompt_len))
 
     @classmethod
     def from_text(
         cls, model: HookedTransformer, text: str, prompt_len: int, id: str = "", category: tuple[str, ...] = ()
     ) -> "MemorizedSequence":
-        """Tokenize a text as it stands, with no token put before it.
+        """Tokenize a text, without a beginning-of-sequence token.
 
         Raises:
             ValueError: if the model has no tokenizer, the text is empty, or the prompt leaves no suffix.
+
+        Example:
+            >>> MemorizedSequence.from_text(model, "Return the number of items", prompt_len=2).prompt.shape
+            torch.Size([1, 2])
         """
+        check_model(model)
         if model.tokenizer is None:
             raise ValueError("the model has no tokenizer; make the sequence from tokens instead")
-        if not text:
-            raise ValueError(f"the text of sequence {id!r} is empty")
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"the text of sequence {id!r} is {'empty' if text == '' else repr(text)}; give a string")
         tokens = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return cls(torch.tensor(tokens), prompt_len, id, category)
 
     @property
     def prompt(self) -> Int[Tensor, "1 prompt"]:
-        """The given tokens, as a batch of one: what `model.generate` takes."""
+        """The prompt as a batch of one row, the input of `model.generate`."""
         return self.tokens[None, : self.prompt_len]
 
     @property
     def suffix(self) -> Int[Tensor, " suffix"]:
-        """The tokens to be recalled."""
+        """The tokens after the prompt."""
         return self.tokens[self.prompt_len :]
 
     def text(self, model: HookedTransformer) -> str:
-        """Prompt and suffix as the model's tokenizer writes them."""
+        """Decode prompt and suffix."""
         return decode(model, self.tokens)
 
     def check_fits(self, model: HookedTransformer) -> None:
-        """Raise a `ValueError` if the model cannot read the sequence: too long, or with unknown tokens."""
+        """Refuse a sequence that the model cannot read.
+
+        Raises:
+            ValueError: if it is longer than the model's context, or has tokens outside its vocabulary.
+        """
         if len(self.tokens) > model.cfg.n_ctx:
             raise ValueError(
                 f"sequence {self.id!r} has {len(self.tokens)} tokens, and the model reads at most {model.cfg.n_ctx}; "
@@ -84,24 +101,105 @@ class MemorizedSequence:
             )
 
 
+def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
+    """Turn a list, an array or a tensor into one row of token ids."""
+    try:
+        row = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"sequence {id!r} has tokens {str(tokens)[:60]}; tokens must be whole numbers") from error
+    if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
+        if row.numel():
+            raise ValueError(f"sequence {id!r} has tokens of {row.dtype}; tokens must be whole numbers")
+        row = row.long()  # an empty list makes a tensor of floats
+    if row.ndim != 1 or len(row) == 0:
+        raise ValueError(
+            f"sequence {id!r} has tokens of shape {list(row.shape)}; a sequence is one row of at least 2 tokens"
+        )
+    return row if isinstance(tokens, Tensor) else row.long()
+
+
+def check_sequences(
+    model: HookedTransformer, sequences: "MemorizedSequence | Sequence[MemorizedSequence]"
+) -> list[MemorizedSequence]:
+    """Return the sequences as a list, after checking that there are some and that the model can read them.
+
+    Raises:
+        ValueError: if something else was given, the list is empty, or the model cannot read a sequence.
+    """
+    check_model(model)
+    listed = [sequences] if isinstance(sequences, MemorizedSequence) else sequences
+    if not isinstance(listed, list | tuple) or not all(isinstance(item, MemorizedSequence) for item in listed):
+        raise ValueError(
+            f"the sequences are {type(sequences).__name__}; give a MemorizedSequence or a list of them, as "
+            "load_sequences(model) and MemorizedSequence.from_text(model, text, prompt_len) return"
+        )
+    if not listed:
+        raise ValueError("no sequence to localize was given")
+    for sequence in listed:
+        sequence.check_fits(model)
+    return list(listed)
+
+
 def decode(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> str:
-    """The tokens as text, exactly: no clean-up of spaces, special tokens kept."""
+    """Decode tokens exactly: no clean-up of spaces, special tokens kept."""
     assert model.tokenizer is not None
     return model.tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
 
 
-def equal_length_batches(
-    sequences: Sequence[MemorizedSequence], size: int
-) -> Iterator[tuple[list[int], Int[Tensor, "batch pos"], int]]:
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Sequences of equal length and prompt length, stacked.
+
+    Args:
+        tokens: a row a sequence.
+        prompt_len: of every row.
+    """
+
+    tokens: Int[Tensor, "row pos"]
+    prompt_len: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: Any) -> "Batch":
+        """Return some of the rows, repeated or reordered as the index says."""
+        return Batch(self.tokens[rows], self.prompt_len)
+
+    def to(self, device: Any) -> "Batch":
+        """Move the tokens to a device."""
+        return Batch(self.tokens.to(device), self.prompt_len)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in a row."""
+        return self.tokens.shape[1]
+
+    @property
+    def suffix(self) -> Int[Tensor, "row suffix"]:
+        """The tokens after the prompt."""
+        return self.tokens[:, self.prompt_len :]
+
+    @property
+    def suffix_len(self) -> int:
+        """Number of tokens in a suffix."""
+        return self.length - self.prompt_len
+
+    @property
+    def targets(self) -> slice:
+        """The target positions: each predicts a token of the suffix, one position later."""
+        return slice(self.prompt_len - 1, -1)
+
+
+def equal_length_batches(sequences: Sequence[MemorizedSequence], size: int) -> Iterator[tuple[list[int], Batch]]:
     """Group sequences that share length and prompt length, at most `size` at a time.
 
     Yields:
-        The places of the batch's members in `sequences`, their stacked tokens, and their prompt length.
+        The indices in `sequences` of the rows of a batch, and the batch.
     """
     groups: dict[tuple[int, int], list[int]] = {}
-    for place, sequence in enumerate(sequences):
-        groups.setdefault((len(sequence.tokens), sequence.prompt_len), []).append(place)
-    for (_, prompt_len), places in groups.items():
-        for start in range(0, len(places), size):
-            batch = places[start : start + size]
-            yield batch, torch.stack([sequences[place].tokens for place in batch]), prompt_len
+    for index, sequence in enumerate(sequences):
+        groups.setdefault((len(sequence.tokens), sequence.prompt_len), []).append(index)
+    for (_, prompt_len), indices in groups.items():
+        for start in range(0, len(indices), size):
+            chosen = indices[start : start + size]
+            yield chosen, Batch(torch.stack([sequences[index].tokens for index in chosen]), prompt_len)

@@ -1,76 +1,80 @@
-"""DEL: drop the neurons that a localizer names for a memorized sequence; measure forgetting, and the damage.
+"""DEL: drop the components that a localizer names for a memorized sequence; measure forgetting and damage.
 
 Chang et al. (2024), sec. 3.2. For each target sequence and method:
 
 1. Localize; take the top share of every layer but the first.
-2. Switch these neurons off at every position.
-3. Measure on the target (self), on other memorized sequences (neg) and on control sequences the accuracy of the
-   suffix and the distance of the text, on the target also in free-running generation, and the perplexity of
-   text that nobody memorized. All are recorded as changes from before.
+2. Switch these components off at every position.
+3. Measure the accuracy of the suffix and the distance of the text: on the target (self), on other memorized
+   sequences (neg) and on control sequences; on the target also in greedy generation; and the perplexity of text that
+   is not memorized. All are recorded as changes from before.
 
-A good localizer lowers self accuracy and leaves the rest alone.
+A good localizer lowers self accuracy and nothing else.
 """
 
 import random
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from transformer_lens import HookedTransformer
 
-from memloc_lens.ablation import ablate, mean_activations
-from memloc_lens.benchmarks.measurement import (
-    METRICS,
-    Material,
-    State,
-    forced_recall,
-    metrics_of,
-    perplexity_now,
-    recall_of,
-    text_interval,
-)
-from memloc_lens.benchmarks.records import RunFolder
-from memloc_lens.benchmarks.runner import RunSettings, check, check_ids, command_line, open_folder, published
-from memloc_lens.benchmarks.statistics import summarize
+from memloc_lens.ablation import Ablation, ablate, mean_activations
+from memloc_lens.benchmarks.measurement import METRICS, Match, Material, State, matches, measure, text_interval
+from memloc_lens.checks import check_choice, check_first_layer, check_number
+from memloc_lens.components import ComponentSet, Scope, component_of, count_of, top_components
 from memloc_lens.data import load_sequences, load_texts
-from memloc_lens.forward import kept_prefix
-from memloc_lens.metrics import free_running, text_rows
+from memloc_lens.forward import PrefixCache
+from memloc_lens.generation import free_running
+from memloc_lens.localizers import Localizer
+from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
-from memloc_lens.neurons import Neurons, neurons_taken, top_neurons
 from memloc_lens.products import fast_products
+from memloc_lens.report.table import print_comparison
+from memloc_lens.runs.command_line import benchmark_parser, published, run_command
+from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
+from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
+from memloc_lens.runs.methods import checked_scores, configured, name_of
+from memloc_lens.runs.schema import DeletionSummary, Record
+from memloc_lens.runs.settings import RunSettings, open_folder
+from memloc_lens.runs.statistics import summarize
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
-EMBEDDED_RATIOS, RATIOS = (0.01, 0.05, 0.1), (0.001, 0.005)
+RATIOS: Mapping[str, tuple[float, ...]] = {"neuron": (0.001, 0.005), "head": (0.1, 0.2), "weight": (0.001, 0.005)}
+"""Default shares: the paper's for neurons; heads are few."""
+EMBEDDED_RATIOS = {"neuron": (0.01, 0.05, 0.1), "head": (0.17, 0.34), "weight": (0.001, 0.01, 0.05)}
+"""Default shares for the embedded model, whose layers are narrow: of its 6 heads a layer, 1 and 2."""
+BEFORE = "before"
+"""In place of a method, in the records of the state before any ablation."""
 
 
 @dataclass(frozen=True)
-class Settings(RunSettings):
+class DeletionSettings(RunSettings):
     """One run of the DEL benchmark.
 
     Args:
-        data: Memorized sequences as JSON lines with "all" and "prompt_len"; left out: the embedded model's own.
-        ratios: Shares of every layer's neurons to drop. Left out: 0.01 0.05 0.1 for the embedded model, whose
-            layers are narrow, 0.001 0.005 (the paper's) for others.
-        limit: Target sequences, the first of the data; 0 takes all. As many as two processor cores do in a few
-            minutes.
-        out: Folder of the run. A run that was stopped goes on where it was when started again with the same
-            settings.
-        negatives: Other memorized sequences that the damage is measured on, drawn once from all; 0 takes all.
-        controls: Control sequences that the damage is measured on, where the data has any; 0 takes all.
-        text: Unrelated text for the perplexity: a text file, or JSON lines with "text"; left out: the embedded
-            model's held-out text, which is prose about Python.
-        text_tokens: Tokens of that text to use.
-        first_layer: Layers before it are neither localized in nor dropped; the paper leaves out layer 0. Goes
-            before the methods' own settings of this name.
+        data: Memorized sequences: JSON lines with "all" and "prompt_len", or another format that is read. Default:
+            the embedded model's sequences.
+        ratios: Shares of every layer's components to drop. Default: 0.001 0.005 (the paper's); for the embedded model,
+            whose layers are narrow, 0.01 0.05 0.1; other shares for heads and weights.
+        limit: Number of target sequences, the first of the data; 0 takes all.
+        out: Folder of the run. An interrupted run resumes when you repeat the command.
+        negatives: Number of other memorized sequences to measure the damage on, drawn once; 0 takes all.
+        controls: Number of control sequences to measure the damage on, if the data has any; 0 takes all.
+        text: Unrelated text for the perplexity: a text file, or JSON lines with "text". Default: held-out text of
+            the embedded model, which is prose about Python.
+        text_tokens: Number of tokens of that text.
+        first_layer: First layer to localize in and to drop from; the paper leaves out layer 0. Overrides the methods'
+            own first_layer.
         scope: Take the share of every layer, or of all layers together.
         ablation: Set dropped activations to zero, to their mean over the perplexity text, or halve them.
-        seed: Of the draws of negatives and controls, and of the bootstrap.
-        batch: Sequences localized side by side, and evaluated at a time.
+        seed: Seed of the draws of negatives and controls.
+        batch: Number of sequences that are localized or evaluated at a time.
     """
 
     data: str | Path | None = None
@@ -82,106 +86,132 @@ class Settings(RunSettings):
     text: Path | None = None
     text_tokens: int = 1024
     first_layer: int = 1
-    scope: Literal["layer", "global"] = "layer"
-    ablation: Literal["zero", "mean", "scale"] = "zero"
+    scope: Scope = "layer"
+    ablation: Ablation = "zero"
     seed: int = 0
     batch: int = 16
 
-    def localizer(self, method: str) -> Any:
-        """The localizer of a method, with the run's `first_layer` where it has one."""
-        localizer = super().localizer(method)
-        has_first_layer = any(entry.name == "first_layer" for entry in fields(localizer))
-        return replace(localizer, first_layer=self.first_layer) if has_first_layer else localizer
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("negatives", "controls", "first_layer"):
+            check_number(name, getattr(self, name), least=0, whole=True)
+        for name in ("batch", "text_tokens"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        check_choice("scope", self.scope, ("layer", "global"))
+        check_choice("ablation", self.ablation, ("zero", "mean", "scale"))
+        if self.ablation == "mean" and self.component == "weight":
+            raise ValueError("ablation is 'mean', and single weights have no activations; use 'zero' or 'scale'")
+
+    def localizers(self) -> list[Localizer]:
+        """Return the methods of the run, with its `first_layer` if they have one."""
+        return [
+            configured(localizer, self.component, first_layer=self.first_layer) for localizer in super().localizers()
+        ]
 
 
 def main() -> None:
-    """The command line: ``python -m memloc_lens.benchmarks.del --help``."""
-    command_line(Settings, "memloc_lens.benchmarks.del", __doc__, run)
+    """Run the command line: ``python -m memloc_lens.benchmarks.del --help``."""
+    run_command(benchmark_parser(DeletionSettings, "python -m memloc_lens.benchmarks.del", __doc__), run, show)
 
 
-def run(settings: Settings) -> dict[str, Any]:
+def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
     """Run the benchmark, or what is left of it, and return its summary.
 
     Args:
-        settings: of the run; those that decide records must equal those of an earlier run in the same folder.
+        settings: of the run. Those that decide the values of records must equal those of an earlier run in the same
+            folder, to which methods and ratios can be added.
+        engine: runs the jobs.
 
     Returns:
-        What `summary.json` holds: benchmark, model, the state `before` any ablation, for each method, ratio and metric
-        the mean change with its 95% interval, and how well the `text` tells a perplexity. Accuracies are in points,
-        distances in characters.
+        The content of `summary.json`: the state `before` any ablation, for each method, ratio and metric the mean
+        change with its 95% confidence interval, and the perplexity of the `text`. Accuracies are in points, distances
+        in characters.
 
     Raises:
         ValueError: for settings, files or a run folder that cannot be used, before any long work.
-    """
-    check(settings, counts=("limit", "negatives", "controls"))
-    if settings.batch < 1:
-        raise ValueError(f"batch is {settings.batch}; it must be at least 1")
-    material = _material(settings)
-    settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
-    for ratio in settings.ratios:
-        width = material.model.cfg.d_mlp
-        neurons_taken(
-            ratio, width if settings.scope == "layer" else width * (material.model.cfg.n_layers - settings.first_layer)
-        )
-    total = len(material.targets) * len(settings.methods) * len(settings.ratios)
-    content = [] if material.text is None else material.text.tolist()
-    folder = open_folder(settings, material.model, material.targets + material.others, content, total)
 
-    with (
-        settings.memory_budget(material.model),
-        fast_products(material.model.cfg.device),
-        kept_prefix(settings.first_layer),
-    ):
-        before = _run_cases(settings, material, folder, total)
-    earlier = [{"method": "before", "ratio": 0.0} | metrics_of(material, target, before) for target in material.targets]
-    summary = {
-        "benchmark": "del",
-        "model": settings.model,
-        "sequences": len(material.targets),
-        "scope": settings.scope,
-        "before": summarize(earlier, METRICS)["before"]["0.0"],
-        "methods": summarize(folder.records, METRICS),
-        "published": published(settings),
-    }
-    if material.text is not None:
-        summary["text"] = text_interval(material)
+    Example:
+        >>> settings = DeletionSettings(methods=("random",), limit=1, text_tokens=256, out=Path("runs/example"))
+        >>> summary = run(settings)
+    """
+    figures = published(settings.config)
+    material = load_material(settings)
+    settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
+    check_ratios(settings, material.model)
+    jobs = _jobs(settings, material)
+    records = len(jobs) * settings.batch * len(settings.ratios)
+    content = [] if material.text is None else material.text.tolist()
+    folder = open_folder(settings, material.model, material.targets + material.others, content, records)
+    with settings.memory_budget(material.model), fast_products(material.model.cfg.device):
+        make_worker = MakeWorker(settings, material=material)
+        keys = tuple((target.id, BEFORE, 0.0) for target in material.targets)
+        before = run_jobs(make_worker, [Job(keys, BEFORE)], folder, engine)
+        make_worker = MakeWorker(settings, tuple(before), material)
+        run_jobs(make_worker, jobs, folder, engine, description="DEL")
+        summary = _summary(settings, material, folder, before)
+        summary["published"] = figures
+        if material.text is not None:
+            summary["text"] = text_interval(material)
     folder.write_summary(summary)
     return summary
 
 
-def _run_cases(settings: Settings, material: Material, folder: RunFolder, total: int) -> State:
-    """Write every record that is not there yet; returns the state before any ablation."""
-    free = recall_of(material.model, material.targets, free_running(material.model, material.targets, material.batch))
-    before = State(forced_recall(material, material.targets), free, perplexity_now(material))
-    with tqdm(total=total, initial=len(folder.records), desc="DEL", unit="record", smoothing=0.1) as progress:
-        for cases in _localize(settings, material, folder, progress):
-            for case, recalled in zip(cases, _free_recall(settings, material, cases), strict=True):
-                if case.key not in folder:
-                    folder.append(_record(settings, material, before, case, recalled))
-                    progress.update()
-    return before
+def _summary(
+    settings: DeletionSettings, material: Material, folder: RunFolder, before: list[Record]
+) -> DeletionSummary:
+    """Summarize all methods and ratios that the folder has for the targets, in the order of targets."""
+    names = [metric.name for metric in METRICS]
+    order = {target.id: index for index, target in enumerate(material.targets)}
+    methods = list(folder.config["methods"])
+    measured = [r for r in folder.records if r["method"] != BEFORE and r["sequence"] in order]
+    measured.sort(key=lambda record: (methods.index(record["method"]), order[record["sequence"]]))
+    return {
+        "benchmark": "del",
+        "model": settings.model,
+        "component": settings.component,
+        "sequences": len(material.targets),
+        "scope": settings.scope,
+        "before": summarize(before, names)[BEFORE]["0.0"],
+        "methods": summarize(measured, names),
+        "published": {},
+    }
 
 
-def _default_ratios(settings: Settings) -> tuple[float, ...]:
-    return EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS
+def _default_ratios(settings: DeletionSettings) -> tuple[float, ...]:
+    return (EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS)[settings.component]
 
 
-def _material(settings: Settings) -> Material:
+def check_ratios(settings: DeletionSettings, model: HookedTransformer) -> None:
+    """Refuse ratios that take no component.
+
+    Raises:
+        ValueError: stating the smallest ratio that takes one.
+    """
+    component = component_of(settings.component)
+    layers, *unit = component.shape(model)
+    width = torch.Size(unit).numel()
+    for ratio in settings.ratios:
+        total = width if settings.scope == "layer" else width * (layers - settings.first_layer)
+        count_of(ratio, total, plural=component.plural)
+
+
+def load_material(settings: DeletionSettings) -> Material:
+    """Load everything that a run reads.
+
+    Raises:
+        ValueError: for data or text that cannot be used with the model.
+    """
     model = settings.load_model()
-    if not 0 <= settings.first_layer < model.cfg.n_layers:
-        raise ValueError(
-            f"first_layer is {settings.first_layer}; {settings.model} has layers 0 to {model.cfg.n_layers - 1}"
-        )
+    check_first_layer(settings.first_layer, model.cfg.n_layers)
     memorized = load_sequences(model, settings.data)
-    if not memorized:
-        raise ValueError(f"{settings.data} holds no test sequence")
     controls = load_sequences(model, settings.data, split="control")
-    check_ids(memorized + controls, settings.data)
+    _check_ids(memorized + controls, settings.data)
     text = means = None
     if model.tokenizer is not None:
         text = text_rows(model, load_texts(settings.text or EMBEDDED / "held_out.jsonl"), settings.text_tokens)
     if settings.ablation == "mean" and text is not None:
-        means = mean_activations(model, [MemorizedSequence(row, 1) for row in text])
+        rows = [MemorizedSequence(row, 1) for row in text]
+        means = mean_activations(model, rows, component_of(settings.component))
     if text is None and (settings.text or settings.ablation == "mean"):
         raise ValueError(
             f"{settings.model} has no tokenizer to read text with, for the perplexity or the mean ablation"
@@ -194,93 +224,196 @@ def _material(settings: Settings) -> Material:
         text=text,
         means=means,
         batch=settings.batch,
+        prefix=PrefixCache(model, settings.first_layer),
     )
+
+
+def _check_ids(sequences: list[MemorizedSequence], source: object) -> None:
+    if len({sequence.id for sequence in sequences}) < len(sequences):
+        raise ValueError(f"a test and a control sequence of {source} share an id; every record needs its own")
 
 
 def _draw(sequences: list[MemorizedSequence], count: int, seed: int) -> list[MemorizedSequence]:
     if count == 0 or count >= len(sequences):
         return sequences
     chosen = sorted(random.Random(seed).sample(range(len(sequences)), count))
-    return [sequences[place] for place in chosen]
+    return [sequences[index] for index in chosen]
+
+
+@dataclass(frozen=True)
+class Batched:
+    """A method and the targets that it localizes side by side, as their indices from `start` on."""
+
+    method: str
+    start: int
+    targets: int
+
+
+def _jobs(settings: DeletionSettings, material: Material) -> list[Job]:
+    """Return a job for each method and batch of targets.
+
+    Batches are the same in every run, so that a resumed run gets the scores it would have had. A batch of scores of
+    single weights would be large.
+    """
+    size = 1 if settings.component == "weight" else settings.batch
+    jobs = []
+    for start in range(0, len(material.targets), size):
+        targets = material.targets[start : start + size]
+        for localizer in settings.localizers():
+            method = name_of(localizer)
+            keys = tuple((target.id, method, ratio) for target in targets for ratio in settings.ratios)
+            jobs.append(Job(keys, Batched(method, start, len(targets))))
+    return jobs
+
+
+@dataclass(frozen=True)
+class MakeWorker:
+    """Make a worker of DEL: in this process with what is loaded, in another one by loading it again.
+
+    Args:
+        settings: of the run.
+        before: records of the state before any ablation.
+        material: loaded from the settings; it stays in this process.
+    """
+
+    settings: DeletionSettings
+    before: tuple[Record, ...] = ()
+    material: Material | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MakeWorker, (self.settings, self.before)
+
+    def __call__(self) -> Worker:
+        """Return a function from jobs to records."""
+        material = self.material
+        if material is None:
+            material = load_material(self.settings)
+            contexts = ExitStack()  # stay open as long as the process
+            contexts.enter_context(self.settings.memory_budget(material.model))
+            contexts.enter_context(fast_products(material.model.cfg.device))
+        if not self.before:
+            return partial(_before, material)
+        return partial(_measured, self.settings, material, {record["sequence"]: record for record in self.before})
+
+
+def _before(material: Material, job: Job) -> Iterator[Record]:
+    """Record the state before any ablation: every metric of each target, and the accuracy of all sequences."""
+    predictions = free_running(material.model, material.targets, material.batch)
+    state = State(material, matches(material.model, material.targets, predictions))
+    for target in material.targets:
+        if (target.id, BEFORE, 0.0) in job.keys:
+            memorized = {sequence.id: state.forced(sequence).acc for sequence in [target, *material.others]}
+            yield {
+                "sequence": target.id,
+                "method": BEFORE,
+                "ratio": 0.0,
+                **measure(state, target),
+                "accuracies": memorized,
+            }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One record to be: the neurons that a method located for a target at a ratio."""
+    """The components that a method has located for a target at a ratio."""
 
     target: MemorizedSequence
     method: str
     ratio: float
-    neurons: Neurons
+    located: ComponentSet
     localize_seconds: float
 
-    @property
-    def key(self) -> tuple[str, str, float]:
-        """What the record is found by."""
-        return self.target.id, self.method, self.ratio
+
+def _measured(settings: DeletionSettings, material: Material, before: dict[str, Record], job: Job) -> Iterator[Record]:
+    """Localize a batch of targets with a method, and measure each target at each ratio that is missing."""
+    batched: Batched = job.content
+    targets = material.targets[batched.start : batched.start + batched.targets]
+    localizer = next(each for each in settings.localizers() if name_of(each) == batched.method)
+
+    def compute() -> dict[str, Tensor]:
+        started = time.perf_counter()
+        scores = checked_scores(localizer, material.model, targets, component_of(settings.component))
+        return {"scores": scores, "seconds_each": torch.tensor((time.perf_counter() - started) / len(targets))}
+
+    kept = kept_scores(score_file(settings.out, batched.method, batched.start), compute)
+    seconds = round(kept["seconds_each"].item(), 3)
+    cases = [
+        Case(target, batched.method, ratio, located(settings, scores, ratio), seconds)
+        for target, scores in zip(targets, kept["scores"], strict=True)
+        for ratio in settings.ratios
+    ]
+    # all cases generate together, also when some are recorded, so that a resumed run has the same batches
+    for case, free in zip(cases, _free_matches(settings, material, cases), strict=True):
+        if (case.target.id, case.method, case.ratio) in job.keys:
+            yield _record(settings, material, before[case.target.id], case, free)
 
 
-def _localize(settings: Settings, material: Material, folder: RunFolder, progress: tqdm) -> Iterator[list[Case]]:
-    """The cases of a batch of targets and a method, for all that are not yet recorded.
-
-    Batches are the same in every run, so that a run that goes on gets the scores it would have had.
-    """
-    for start in range(0, len(material.targets), settings.batch):
-        batch = material.targets[start : start + settings.batch]
-        for method in settings.methods:
-            wanted = [(target.id, method, ratio) for target in batch for ratio in settings.ratios]
-            if all(key in folder for key in wanted):
-                continue
-            progress.set_postfix_str(method)
-
-            def compute(method: str = method, batch: list[MemorizedSequence] = batch) -> dict[str, Tensor]:
-                started = time.perf_counter()
-                scores = settings.localizer(method)(material.model, batch)
-                seconds = (time.perf_counter() - started) / len(batch)
-                return {"scores": scores, "seconds_each": torch.tensor(seconds)}
-
-            kept = folder.scores(f"{method}-{start:05d}", compute)
-            seconds = round(kept["seconds_each"].item(), 3)
-            yield [
-                Case(target, method, ratio, top_neurons(scores, ratio, settings.first_layer, settings.scope), seconds)
-                for target, scores in zip(batch, kept["scores"], strict=True)
-                for ratio in settings.ratios
-            ]
+def located(settings: DeletionSettings, scores: Tensor, ratio: float) -> ComponentSet:
+    """Return the components that a run drops, given the scores of one target."""
+    component = component_of(settings.component)
+    return top_components(scores, ratio, settings.first_layer, settings.scope, component=component)
 
 
-def _record(
-    settings: Settings, material: Material, before: State, case: Case, free: dict[str, float]
-) -> dict[str, Any]:
+def _free_matches(settings: DeletionSettings, material: Material, cases: list[Case]) -> list[Match]:
+    """Return the free-running match of each case's target, generated side by side, each row with its own ablation."""
+    found: dict[int, Match] = {}
+    targets = [case.target for case in cases]
+    for indices, _ in equal_length_batches(targets, material.batch):
+        rows = [targets[index] for index in indices]
+        with _ablated(settings, material, [cases[index].located for index in indices]):
+            generated = free_running(material.model, rows, batch=len(rows))
+        for index, target, suffix in zip(indices, rows, generated, strict=True):
+            found[index] = matches(material.model, [target], [suffix])[target.id]
+    return [found[index] for index in range(len(cases))]
+
+
+def _record(settings: DeletionSettings, material: Material, before: Record, case: Case, free: Match) -> Record:
     started = time.perf_counter()
-    target = case.target
-    with _ablated(settings, material, case.neurons):
-        after = State(forced_recall(material, [target]), {target.id: free}, perplexity_now(material))
-    metrics, earlier = metrics_of(material, target, after), metrics_of(material, target, before)
-    memorized = dict.fromkeys([target.id, *(other.id for other in material.others)])
+    with _ablated(settings, material, case.located):
+        state = State(material, {case.target.id: free})
+        after = measure(state, case.target)
+        accuracies = {id: state.forced(sequence).acc for id, sequence in _memorized(material, case.target).items()}
     return {
-        "sequence": target.id,
+        "sequence": case.target.id,
         "method": case.method,
         "ratio": case.ratio,
-        "neurons": len(case.neurons),
-        **{metric: round(metrics[metric] - earlier[metric], 6) for metric in metrics},
-        "acc_changes": {id: round(after.forced[id]["acc"] - before.forced[id]["acc"], 4) for id in memorized},
+        case_count(settings): len(case.located),
+        **{name: round(value - before[name], 6) for name, value in after.items()},
+        "acc_changes": {id: round(value - before["accuracies"][id], 4) for id, value in accuracies.items()},
         "localize_seconds": case.localize_seconds,
         "evaluate_seconds": round(time.perf_counter() - started, 3),
     }
 
 
-def _ablated(settings: Settings, material: Material, neurons: Neurons | list[Neurons]) -> AbstractContextManager[None]:
-    return ablate(material.model, neurons, settings.ablation, over=() if material.means is None else material.means)
+def case_count(settings: DeletionSettings) -> str:
+    """Return the name of the field with the number of dropped components: neurons, heads or weights."""
+    return component_of(settings.component).plural
 
 
-def _free_recall(settings: Settings, material: Material, cases: list[Case]) -> list[dict[str, float]]:
-    """Free-running recall of each case's target, generated side by side with other neurons ablated in each row."""
-    recalled: list[dict[str, float]] = [{}] * len(cases)
-    targets = [case.target for case in cases]
-    for places, _, _ in equal_length_batches(targets, material.batch):
-        rows = [targets[place] for place in places]
-        with _ablated(settings, material, [cases[place].neurons for place in places]):
-            generated = free_running(material.model, rows, batch=len(rows))
-        for place, target, suffix in zip(places, rows, generated, strict=True):
-            recalled[place] = recall_of(material.model, [target], [suffix])[target.id]
-    return recalled
+def _memorized(material: Material, target: MemorizedSequence) -> dict[str, MemorizedSequence]:
+    return {sequence.id: sequence for sequence in [target, *material.others]}
+
+
+def _ablated(
+    settings: DeletionSettings, material: Material, components: ComponentSet | list[ComponentSet]
+) -> AbstractContextManager[None]:
+    return ablate(material.model, components, settings.ablation, over=() if material.means is None else material.means)
+
+
+def show(settings: DeletionSettings, summary: DeletionSummary) -> None:
+    """Print the table of a run, one block a ratio."""
+    plural = component_of(summary["component"]).plural  # type: ignore[arg-type]
+    whose: Literal["all", "each layer's"] = "all" if summary["scope"] == "global" else "each layer's"
+    print_comparison(
+        summary,
+        f"DEL on {summary['model']}, {summary['sequences']} sequences: change when the located {plural} are dropped "
+        "(accuracies in points, distances in characters)",
+        lambda ratio: f"{100 * float(ratio):g}% of {whose} {plural}",
+        lambda ratio: METRICS,
+        [
+            f"PPL is of {text['tokens']} tokens: {text['mean']:.1f} before, 95% interval {text['low']:.1f} to "
+            f"{text['high']:.1f} over rows of the text"
+            for text in [summary.get("text")]
+            if text
+        ],
+    )
+    print(f"\nrecords, scores and summary: {settings.out}")

@@ -1,110 +1,181 @@
-"""What DEL measures: what the model recalls of targets and of everything else, and its perplexity on a text."""
+"""What DEL measures, as one table: a metric is an entry of `METRICS`, measured, summarized and printed from there."""
 
 import math
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.benchmarks.statistics import mean_interval
+from memloc_lens.forward import PrefixCache
+from memloc_lens.generation import Predictions, free_running
 from memloc_lens.metrics import perplexity, row_losses, suffix_accuracy, teacher_forced, text_distance
+from memloc_lens.runs.schema import TextPerplexity
+from memloc_lens.runs.statistics import mean_interval
 from memloc_lens.sequence import MemorizedSequence
-
-GROUPS = ("neg", "neg_related", "neg_unrelated", "control")
-METRICS = (
-    *(f"{group}_{measure}" for group in ("self", "self_free", *GROUPS) for measure in ("acc", "dist")),
-    "ppl",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Material:
-    """Everything a run reads: the model, the sequences it measures on, and the text."""
+    """Everything that a run reads: the model, the sequences that it measures on, and the text."""
 
     model: HookedTransformer
     targets: list[MemorizedSequence]
     others: list[MemorizedSequence]
     controls: list[MemorizedSequence]
     text: Int[Tensor, "row pos"] | None
-    means: Float[Tensor, "layer neuron"] | None
-    """Mean activations over the text, where dropped neurons are set to them."""
+    means: Float[Tensor, "layer *activation"] | None
+    """Mean activations over the text, where dropped components are set to them."""
     batch: int
-    """Sequences at a time, at the most."""
+    """Maximum number of sequences at a time."""
+    prefix: PrefixCache
+    """Of the layers that no ablation of the run changes."""
 
     def negatives(self, target: MemorizedSequence) -> list[MemorizedSequence]:
-        """The other memorized sequences without the target itself."""
+        """Return the other memorized sequences, without the target itself."""
         return [sequence for sequence in self.others if sequence.id != target.id]
 
 
-Recall = dict[str, dict[str, float]]
-"""For each sequence's id, the accuracy ("acc", points) and distance ("dist", characters) of its suffix."""
+class Match(NamedTuple):
+    """How well a suffix is recited: accuracy in points, distance in characters if the model has a tokenizer."""
+
+    acc: float
+    dist: float | None
+
+
+class State:
+    """What the model recites while an ablation is open, or before any; measured when it is asked for.
+
+    Args:
+        material: of the run.
+        free: free-running match of targets, where it has been measured already.
+    """
+
+    def __init__(self, material: Material, free: dict[str, Match] | None = None) -> None:
+        self._material, self._free = material, free or {}
+        self._alone: dict[str, Match] = {}
+
+    @cached_property
+    def _others(self) -> dict[str, Match]:
+        # in the same batches whatever the target, so that the prefix cache serves them again
+        material, others = self._material, self._material.others + self._material.controls
+        predictions = teacher_forced(material.model, others, material.batch, material.prefix)
+        return matches(material.model, others, predictions)
+
+    def forced(self, sequence: MemorizedSequence) -> Match:
+        """Return the teacher-forced match of a sequence."""
+        if sequence.id in self._others:
+            return self._others[sequence.id]
+        if sequence.id not in self._alone:
+            predictions = teacher_forced(self._material.model, [sequence], prefix=self._material.prefix)
+            self._alone |= matches(self._material.model, [sequence], predictions)
+        return self._alone[sequence.id]
+
+    def free(self, target: MemorizedSequence) -> Match:
+        """Return the match of the greedy continuation of a target's prompt."""
+        if target.id not in self._free:
+            self._free |= matches(self._material.model, [target], free_running(self._material.model, [target]))
+        return self._free[target.id]
+
+    def negatives(self, target: MemorizedSequence) -> list[Match]:
+        """Return the matches of all other memorized sequences."""
+        return [self.forced(sequence) for sequence in self._material.negatives(target)]
+
+    def related(self, target: MemorizedSequence, wanted: bool) -> list[Match]:
+        """Return the matches of those that share a category with the target, or of those that share none."""
+        negatives = self._material.negatives(target)
+        if not all(sequence.category for sequence in [target, *negatives]):
+            return []
+        return [self.forced(each) for each in negatives if bool(set(each.category) & set(target.category)) == wanted]
+
+    def controls(self) -> list[Match]:
+        """Return the matches of the control sequences."""
+        return [self.forced(sequence) for sequence in self._material.controls]
+
+    @cached_property
+    def perplexity(self) -> float | None:
+        """The perplexity of the text; none without a text."""
+        material = self._material
+        if material.text is None:
+            return None
+        return perplexity(material.model, material.text, material.batch, material.prefix)
+
+
+def matches(
+    model: HookedTransformer, sequences: Sequence[MemorizedSequence], predictions: Predictions
+) -> dict[str, Match]:
+    """Return the match of each sequence's predicted suffix, by the id of the sequence."""
+    accuracies: list[float] = suffix_accuracy(predictions, sequences).tolist()
+    distances: Sequence[float | None] = [None] * len(sequences)
+    if model.tokenizer is not None:
+        distances = text_distance(model, predictions, sequences).tolist()
+    return {
+        sequence.id: Match(accuracy, distance)
+        for sequence, accuracy, distance in zip(sequences, accuracies, distances, strict=True)
+    }
 
 
 @dataclass(frozen=True)
-class State:
-    """What the model recalls, ablated or not: teacher-forced, free-running, and its perplexity on the text."""
+class Metric:
+    """A metric of DEL, recorded as the change from before the ablation.
 
-    forced: Recall
-    free: Recall
-    perplexity: float | None
-
-
-def forced_recall(material: Material, targets: list[MemorizedSequence]) -> Recall:
-    """Teacher-forced recall of targets and of all others, under whatever is ablated.
-
-    The others go in the same batches whatever the targets, and targets one by one, so that prefixes serve again.
+    Args:
+        name: in records and summaries.
+        heading: of its column in tables; a metric without a heading is recorded only.
+        unit: of its values.
+        better: 1 if a higher change is better, -1 if a lower one is.
+        form: format of the printed value.
+        measure: its value for a target in a state; None where there is nothing to measure.
     """
-    model, others = material.model, material.others + material.controls
-    forced = recall_of(model, others, teacher_forced(model, others, material.batch))
-    for target in targets:
-        if target.id not in forced:
-            forced |= recall_of(model, [target], teacher_forced(model, [target]))
-    return forced
+
+    name: str
+    heading: str
+    unit: Literal["points", "characters", ""]
+    better: Literal[1, -1]
+    form: str
+    measure: Callable[[State, MemorizedSequence], float | None]
 
 
-def perplexity_now(material: Material) -> float | None:
-    """The perplexity of the text, under whatever is ablated; none without a text."""
-    return None if material.text is None else perplexity(material.model, material.text, material.batch)
+def _acc(found: Sequence[Match]) -> float | None:
+    return statistics.fmean(match.acc for match in found) if found else None
 
 
-def text_interval(material: Material) -> dict[str, Any]:
-    """The perplexity of the text with its 95% interval over rows: how much so many tokens tell."""
+def _dist(found: Sequence[Match]) -> float | None:
+    distances = [match.dist for match in found if match.dist is not None]
+    return statistics.fmean(distances) if distances else None
+
+
+METRICS = (
+    Metric("self_acc", "Self-Acc", "points", -1, "+.1f", lambda s, target: s.forced(target).acc),
+    Metric("self_dist", "Self-Dist", "characters", 1, "+.1f", lambda s, target: s.forced(target).dist),
+    Metric("self_free_acc", "Free-Acc", "points", -1, "+.1f", lambda s, target: s.free(target).acc),
+    Metric("self_free_dist", "", "characters", 1, "+.1f", lambda s, target: s.free(target).dist),
+    Metric("neg_acc", "Neg-Acc", "points", 1, "+.1f", lambda s, target: _acc(s.negatives(target))),
+    Metric("neg_dist", "Neg-Dist", "characters", -1, "+.1f", lambda s, target: _dist(s.negatives(target))),
+    Metric("neg_related_acc", "", "points", 1, "+.1f", lambda s, target: _acc(s.related(target, True))),
+    Metric("neg_related_dist", "", "characters", -1, "+.1f", lambda s, target: _dist(s.related(target, True))),
+    Metric("neg_unrelated_acc", "", "points", 1, "+.1f", lambda s, target: _acc(s.related(target, False))),
+    Metric("neg_unrelated_dist", "", "characters", -1, "+.1f", lambda s, target: _dist(s.related(target, False))),
+    Metric("control_acc", "Ctrl-Acc", "points", 1, "+.1f", lambda s, target: _acc(s.controls())),
+    Metric("control_dist", "", "characters", -1, "+.1f", lambda s, target: _dist(s.controls())),
+    Metric("ppl", "PPL", "", -1, "+.1f", lambda s, target: s.perplexity),
+)
+"""The metrics of DEL: of the target (self), of other memorized sequences (neg), of controls, and of other text."""
+
+
+def measure(state: State, target: MemorizedSequence) -> dict[str, float]:
+    """Return every metric of a target that there is something to measure for."""
+    values = {metric.name: metric.measure(state, target) for metric in METRICS}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def text_interval(material: Material) -> TextPerplexity:
+    """Return the perplexity of the text with its 95% confidence interval over rows."""
     assert material.text is not None
-    interval = mean_interval(row_losses(material.model, material.text, material.batch).tolist())
-    return {"tokens": material.text.numel()} | {end: math.exp(interval[end]) for end in ("mean", "low", "high")}
-
-
-def recall_of(
-    model: HookedTransformer, sequences: list[MemorizedSequence], predictions: list[Int[Tensor, " suffix"]]
-) -> Recall:
-    """Accuracy and distance of each sequence's predicted suffix; no distance without a tokenizer to write it with."""
-    values = {"acc": suffix_accuracy(predictions, sequences).tolist()}
-    if model.tokenizer is not None:
-        values["dist"] = text_distance(model, predictions, sequences).tolist()
-    return {
-        sequence.id: {measure: value[place] for measure, value in values.items()}
-        for place, sequence in enumerate(sequences)
-    }
-
-
-def metrics_of(material: Material, target: MemorizedSequence, state: State) -> dict[str, float]:
-    """Every metric of a target in a state; a group without members has none."""
-    negatives = material.negatives(target)
-    categories_known = all(sequence.category for sequence in [target, *negatives])
-    related = [sequence for sequence in negatives if set(sequence.category) & set(target.category)]
-    groups = {"self": [target], "neg": negatives, "control": material.controls}
-    if categories_known:
-        groups |= {"neg_related": related, "neg_unrelated": [other for other in negatives if other not in related]}
-    metrics = {
-        f"{group}_{measure}": statistics.fmean(state.forced[member.id][measure] for member in members)
-        for group, members in groups.items()
-        if members
-        for measure in state.forced[target.id]
-    }
-    metrics |= {f"self_free_{measure}": value for measure, value in state.free[target.id].items()}
-    if state.perplexity is not None:
-        metrics["ppl"] = state.perplexity
-    return {metric: metrics[metric] for metric in METRICS if metric in metrics}
+    interval = mean_interval(row_losses(material.model, material.text, material.batch, material.prefix).tolist())
+    low, mean, high = (math.exp(interval[end]) for end in ("low", "mean", "high"))  # type: ignore[literal-required]
+    return {"tokens": material.text.numel(), "mean": mean, "low": low, "high": high}

@@ -1,25 +1,26 @@
-"""What do located neurons hold: this sequence, its kind, or whatever is memorized?
+"""Are located components specific to one sequence, to its category, or to memorized text in general?
 
 ``python -m memloc_lens.benchmarks.specificity RUN_DEL``
 
-Chang et al. (2024), sec. 6, find that the neurons located for one sequence cost others of its kind accuracy too. From
+Chang et al. (2024), sec. 6, find that the neurons located for one sequence cost related sequences accuracy too. From
 the records and scores of a DEL run, for each method:
 
-1. The confusion matrix: what dropping each target's neurons does to the accuracy of every sequence.
-2. How often the target loses more than another sequence: 100 for neurons of the target alone, 50 for neurons of
-   nothing in particular.
-3. How much the neurons of two sequences overlap (Jaccard), of the same category and of different ones.
-4. The neurons that most sequences share, with the tokens on which they fire most.
+1. The confusion matrix: how dropping each target's components changes the accuracy of every sequence.
+2. How often the target loses more than another sequence: 100 for components of the target alone, 50 by chance.
+3. The overlap (Jaccard) of the components of two sequences, of the same category and of different ones.
+4. The components that most sequences share; for neurons, with the tokens on which they fire most.
 """
 
 import json
-import sys
+import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -27,33 +28,38 @@ import tyro
 from jaxtyping import Float
 from numpy import ndarray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformer_lens import HookedTransformer
 
-from memloc_lens.ablation import post
+from memloc_lens.benchmarks.deletion import DeletionSettings, located
+from memloc_lens.checks import check_number
+from memloc_lens.components import NEURONS, ComponentSet, post
 from memloc_lens.data import load_sequences
-from memloc_lens.models import load_model
-from memloc_lens.neurons import Neurons, top_neurons
+from memloc_lens.models import check_device, load_model
+from memloc_lens.report.table import wide_console
+from memloc_lens.runs.command_line import parser, run_command
+from memloc_lens.runs.finished import FinishedRun, read_run
+from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
+from memloc_lens.runs.schema import Record
 from memloc_lens.sequence import MemorizedSequence, decode
 
 CONTEXT = 4  # tokens shown before one on which a neuron fires
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What to look at.
+class SpecificitySettings:
+    """What to analyse.
 
     Args:
-        run: folder of a finished DEL run.
-        ratio: of the run; left out: its largest.
-        method: whose confusion matrix and shared neurons are printed; left out: the one that loses the targets the
-            most accuracy.
-        shared: neurons to list, those that most sequences share.
-        tokens: to show for each of them, those on which it fires most.
-        device: left out: CUDA where there is one, else the CPU.
-        out: a JSON file to write everything to, for all methods.
+        run: Folder of a finished DEL run.
+        ratio: Ratio of the run. Default: its largest.
+        method: Method whose confusion matrix and shared components are printed. Default: the one with the largest
+            loss of accuracy on the targets.
+        shared: Number of components to list, those that most sequences share.
+        tokens: Number of tokens to show for each neuron, those on which it fires most.
+        device: Device of the model. Default: CUDA if there is one, else the CPU.
+        out: JSON file to write all methods' results to.
     """
 
     run: tyro.conf.Positional[Path]
@@ -64,83 +70,123 @@ class Settings:
     device: str | None = None
     out: Path | None = None
 
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        check_number("shared", self.shared, least=0, whole=True)
+        check_number("tokens", self.tokens, least=0, whole=True)
+
+
+class Firing(TypedDict):
+    """A token on which a neuron fires, in its context."""
+
+    activation: float
+    text: str
+
+
+class Shared(TypedDict):
+    """A component that several sequences share."""
+
+    index: list[int]
+    sequences: int
+    fires_on: list[Firing]
+
+
+class MethodSpecificity(TypedDict):
+    """The specificity of a method: accuracy changes in points, overlaps of component sets in points."""
+
+    matrix: list[list[float]]
+    self: float
+    related: float | None
+    unrelated: float | None
+    target_loses_more: float | None
+    overlap: dict[str, float | None]
+    shared: list[Shared]
+
+
+class Specificity(TypedDict):
+    """The specificity of every method of a run at a ratio."""
+
+    run: str
+    ratio: float
+    component: str
+    sequences: list[str]
+    categories: list[list[str]]
+    methods: dict[str, MethodSpecificity]
+
 
 def main() -> None:
-    """The command line."""
-    settings = tyro.cli(Settings, prog="python -m memloc_lens.benchmarks.specificity", description=__doc__)
-    try:
-        result = analyse(settings)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print_specificity(result, settings.method)
-    if settings.out:
-        settings.out.write_text(json.dumps(result, indent=1) + "\n")
+    """Run the command line."""
+    run_command(parser(SpecificitySettings, "python -m memloc_lens.benchmarks.specificity", __doc__), analyse, show)
 
 
-def analyse(settings: Settings) -> dict[str, Any]:
-    """The specificity of every method of a DEL run at one ratio.
+def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specificity:
+    """Measure the specificity of every method of a DEL run at one ratio.
 
     Returns:
         `sequences`, the targets' ids, and for each of the `methods` the `matrix` of accuracy changes in points (rows
         are targets, columns sequences), its means `self`, `related` (another of the target's category) and `unrelated`,
-        `target_loses_more` in points, the `overlap` of neuron sets, and the most `shared` neurons.
+        `target_loses_more` in points, the `overlap` of component sets, and the most `shared` components.
 
     Raises:
         ValueError: if the folder holds no such run, or lacks the ratio or the method.
     """
-    config, records = _read_run(settings.run)
-    ratios = sorted({record["ratio"] for record in records})
-    ratio = ratios[-1] if settings.ratio is None else settings.ratio
-    methods = list(dict.fromkeys(record["method"] for record in records))
-    if ratio not in ratios:
-        raise ValueError(f"{settings.run} has no records at the ratio {ratio}; it has {', '.join(map(str, ratios))}")
-    if settings.method not in (None, *methods):
-        raise ValueError(f"{settings.run} has no method {settings.method!r}; it has {', '.join(methods)}")
-    model = load_model(config["model"], device=settings.device)
-    by_id = {sequence.id: sequence for sequence in load_sequences(model, config["data"])}
-    targets = [by_id[id] for id in dict.fromkeys(record["sequence"] for record in records)]
-    result: dict[str, Any] = {"run": str(settings.run), "ratio": ratio, "sequences": [each.id for each in targets]}
-    result["categories"] = [list(each.category) for each in targets]
-    result["methods"] = {}
-    for method in methods:
-        at_ratio = {each["sequence"]: each for each in records if (each["method"], each["ratio"]) == (method, ratio)}
-        matrix = np.array([[at_ratio[row.id]["acc_changes"].get(column.id, np.nan) for column in targets]
-                           for row in targets])  # fmt: skip
-        located = _located(settings.run, config, method, ratio, len(targets))
-        result["methods"][method] = {
-            "matrix": matrix.tolist(),
-            **_losses(matrix, targets),
-            "overlap": _overlap(located, targets),
-            "shared": _shared(model, located, targets, settings),
-        }
-    return result
+    run = read_run(settings.run, "del")
+    ratio = run.check_ratio(settings.ratio, max(run.ratios, default=None))
+    if settings.method not in (None, *run.methods):
+        raise ValueError(f"{settings.run} has no method {settings.method!r}; it has {', '.join(run.methods)}")
+    if any("acc_changes" not in record for record in run.records):
+        raise ValueError(f"the records of {settings.run} do not tell sequences apart; run DEL again")
+    model = load_model(run.config["model"], device=settings.device)
+    by_id = {sequence.id: sequence for sequence in load_sequences(model, run.config["data"])}
+    targets = [by_id[id] for id in dict.fromkeys(record["sequence"] for record in run.records)]
+
+    def worker(job: Job) -> Iterator[Record]:
+        for (method,) in job.keys:
+            yield {"method": method, "specificity": _of_method(settings, run, model, targets, method, ratio)}
+
+    jobs = [Job(((method,),)) for method in run.methods]
+    records = run_jobs(lambda: worker, jobs, InMemory("method"), engine, "specificity", "method")
+    return {
+        "run": str(settings.run),
+        "ratio": ratio,
+        "component": run.config["component"],
+        "sequences": [target.id for target in targets],
+        "categories": [list(target.category) for target in targets],
+        "methods": {record["method"]: record["specificity"] for record in records},
+    }
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        summary = json.loads((folder / "summary.json").read_text())
-        records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    except OSError as error:
-        raise ValueError(f"{folder} holds no finished run: {error.filename}: {error.strerror}") from error
-    if summary["benchmark"] != "del":
-        raise ValueError(f"{folder} is a run of {summary['benchmark']}; give one of del")
-    if any("acc_changes" not in record for record in records):
-        raise ValueError(f"the records of {folder} do not tell sequences apart; make them again")
-    return config, records
+def _of_method(
+    settings: SpecificitySettings,
+    run: FinishedRun,
+    model: HookedTransformer,
+    targets: list[MemorizedSequence],
+    method: str,
+    ratio: float,
+) -> MethodSpecificity:
+    records = run.at(method, ratio)
+    matrix = np.array(
+        [[records[row.id]["acc_changes"].get(column.id, np.nan) for column in targets] for row in targets]
+    )
+    sets = _located(run, method, ratio, len(targets))
+    return {  # type: ignore[typeddict-item]
+        "matrix": matrix.tolist(),
+        **_losses(matrix, targets),
+        "overlap": _overlap(sets, targets),
+        "shared": _shared(model, sets, targets, settings),
+    }
 
 
-def _located(folder: Path, config: dict[str, Any], method: str, ratio: float, targets: int) -> list[Neurons]:
-    """The neurons that a run dropped for each of its targets."""
-    located = []
-    for start in range(0, targets, config["batch"]):
-        file = folder / "scores" / f"{method}-{start:05d}.safetensors"
-        try:
-            scores = load_file(file)["scores"]
-        except (FileNotFoundError, SafetensorError) as error:
-            raise ValueError(f"{file} holds no scores: {error}") from error
-        located += [top_neurons(each, ratio, config["first_layer"], config["scope"]) for each in scores]
-    return located
+def _located(run: FinishedRun, method: str, ratio: float, targets: int) -> list[ComponentSet]:
+    """Return the components that a run dropped for each of its targets."""
+    names = ("component", "first_layer", "scope")
+    dropped = DeletionSettings(**{name: run.config[name] for name in names})
+    size = 1 if dropped.component == "weight" else run.config["batch"]
+    return [
+        located(dropped, scores, ratio)
+        for start in range(0, targets, size)
+        for scores in run.scores(method, start)["scores"]
+    ]
 
 
 def _related(one: MemorizedSequence, other: MemorizedSequence) -> bool:
@@ -148,7 +194,7 @@ def _related(one: MemorizedSequence, other: MemorizedSequence) -> bool:
 
 
 def _losses(matrix: Float[ndarray, "target sequence"], targets: list[MemorizedSequence]) -> dict[str, float | None]:
-    """Means of the matrix on and off its diagonal, and how often the diagonal is lowest, in points."""
+    """Return means of the matrix on and off its diagonal, and how often the diagonal is lower, in points."""
     own = np.diag(matrix)[:, None]
     apart = ~np.eye(len(targets), dtype=bool) & ~np.isnan(matrix)
     related = np.array([[_related(row, column) for column in targets] for row in targets]) & apart
@@ -161,105 +207,114 @@ def _losses(matrix: Float[ndarray, "target sequence"], targets: list[MemorizedSe
     }
 
 
-def _overlap(located: list[Neurons], targets: list[MemorizedSequence]) -> dict[str, float | None]:
-    """Mean Jaccard index of the neurons of two sequences, in points: of one category, of two, and by chance."""
-    values: dict[str, list[float]] = {"related": [], "unrelated": []}
+def _overlap(sets: list[ComponentSet], targets: list[MemorizedSequence]) -> dict[str, float | None]:
+    """Return the mean Jaccard index of two sequences' sets, in points: of one category, of two, and by chance."""
+    related, unrelated = [], []
     for one, other in combinations(range(len(targets)), 2):
-        kind = "related" if _related(targets[one], targets[other]) else "unrelated"
-        values[kind].append(100 * located[one].overlap(located[other]))
-    means = {kind: fmean(each) if each else None for kind, each in values.items()}
-    members = located[0].members
-    layers = members[members.any(dim=1)]
-    both = (layers.sum(dim=1).double() ** 2 / layers.shape[1]).sum().item()  # of two random sets as large
-    return {**means, "chance": 100 * both / (2 * len(located[0]) - both)}
+        overlaps = related if _related(targets[one], targets[other]) else unrelated
+        overlaps.append(100 * sets[one].overlap(sets[other]))
+    width = math.prod(sets[0].shape[1:])
+    both = sum(count**2 / width for count in sets[0].counts())  # expected in two random sets as large
+    return {
+        "related": fmean(related) if related else None,
+        "unrelated": fmean(unrelated) if unrelated else None,
+        "chance": 100 * both / (2 * len(sets[0]) - both),
+    }
+
+
+def _shared(
+    model: HookedTransformer,
+    sets: list[ComponentSet],
+    targets: list[MemorizedSequence],
+    settings: SpecificitySettings,
+) -> list[Shared]:
+    """Return the components of most sequences, neurons with the tokens of these on which they fire most."""
+    shared = Counter(index for located_set in sets for index in located_set.indices()).most_common(settings.shared)
+    fires: dict[tuple[int, ...], list[Firing]] = {}
+    if sets[0].component is NEURONS and model.tokenizer is not None:
+        fires = _firing(model, [index for index, _ in shared], targets, settings.tokens)
+    return [{"index": list(index), "sequences": count, "fires_on": fires.get(index, [])} for index, count in shared]
 
 
 @torch.no_grad()
-def _shared(
-    model: HookedTransformer, located: list[Neurons], targets: list[MemorizedSequence], settings: Settings
-) -> list[dict[str, Any]]:
-    """The neurons that belong to most sequences, and the tokens on which they fire most in all of these."""
-    counts = Counter(
-        (layer, neuron)
-        for neurons in located
-        for layer, members in enumerate(neurons.per_layer())
-        for neuron in members
-    )
-    shared = counts.most_common(settings.shared)
-    names = {post(layer) for (layer, _), _ in shared}
-    firing: dict[tuple[int, int], list[tuple[float, str]]] = {place: [] for place, _ in shared}
-    for sequence in targets if model.tokenizer is not None else ():
+def _firing(
+    model: HookedTransformer, neurons: list[tuple[int, ...]], targets: list[MemorizedSequence], tokens: int
+) -> dict[tuple[int, ...], list[Firing]]:
+    names = {post(layer) for layer, _ in neurons}
+    found: dict[tuple[int, ...], list[Firing]] = {neuron: [] for neuron in neurons}
+    for sequence in targets:
         _, cache = model.run_with_cache(
             sequence.tokens[None].to(model.cfg.device), return_type=None, names_filter=lambda name: name in names
         )
-        for (layer, neuron), found in firing.items():
-            values = cache[post(layer)][0, :, neuron].tolist()
-            found += [(value, _in_context(model, sequence, position)) for position, value in enumerate(values)]
-    strongest = {
-        place: sorted(found, key=lambda each: -abs(each[0]))[: settings.tokens] for place, found in firing.items()
+        for layer, neuron in neurons:
+            for position, value in enumerate(cache[post(layer)][0, :, neuron].tolist()):
+                text = _in_context(model, sequence, position)
+                found[layer, neuron].append({"activation": round(value, 3), "text": text})
+    return {
+        neuron: sorted(firing, key=lambda fires: -abs(fires["activation"]))[:tokens] for neuron, firing in found.items()
     }
-    return [
-        {
-            "layer": layer,
-            "neuron": neuron,
-            "sequences": count,
-            "fires_on": [{"activation": round(value, 3), "text": text} for value, text in strongest[layer, neuron]],
-        }
-        for (layer, neuron), count in shared
-    ]
 
 
 def _in_context(model: HookedTransformer, sequence: MemorizedSequence, position: int) -> str:
-    """A token with those before it, marked as in ``of the [Software]``."""
+    """Return a token with those before it, marked as in ``of the [Software]``."""
     before = decode(model, sequence.tokens[max(0, position - CONTEXT) : position])
     return f"{before}[{decode(model, sequence.tokens[position : position + 1])}]"
 
 
-def print_specificity(result: dict[str, Any], method: str | None = None, console: Console | None = None) -> None:
-    """Print the methods side by side, then the confusion matrix and the shared neurons of one."""
-    console = console or Console()
-    if not console.is_terminal:
-        console = Console(file=console.file, width=160)
-    methods = result["methods"]
+def show(settings: SpecificitySettings, result: Specificity) -> None:
+    """Print the result, and write it to a file if one is given."""
+    print_specificity(result, settings.method)
+    if settings.out:
+        settings.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def print_specificity(result: Specificity, method: str | None = None, console: Console | None = None) -> None:
+    """Print the methods side by side, then the confusion matrix and the shared components of one."""
+    console = wide_console(console)
+    methods, plural = result["methods"], f"{result['component']}s"
     table = Table(
-        title=f"{100 * result['ratio']:g}% of neurons dropped: change of accuracy (points), and overlap of the neurons "
-        "(Jaccard, points)",
+        title=f"{100 * result['ratio']:g}% of {plural} dropped: change of accuracy (points), and overlap of the "
+        f"{plural} (Jaccard, points)",
         title_justify="left",
     )
-    for heading in ("method", "target", "its category", "others", "target loses more", "overlap in category", "across",
+    table.add_column("method")
+    for heading in ("target", "its category", "others", "target loses more", "overlap in category", "across",
                     "by chance"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+        table.add_column(heading, justify="right")
     for name, row in methods.items():
         values = (row["self"], row["related"], row["unrelated"], row["target_loses_more"])
         overlaps = (row["overlap"][kind] for kind in ("related", "unrelated", "chance"))
-        table.add_row(name, *("" if value is None else f"{value:.1f}" for value in (*values, *overlaps)))
+        table.add_row(escape(name), *("" if value is None else f"{value:.1f}" for value in (*values, *overlaps)))
     console.print(table)
     chosen = method or min(methods, key=lambda name: methods[name]["self"])
-    console.print(f"\n{chosen}: accuracy lost (points); rows are targets, columns sequences", highlight=False)
-    console.print(matrix_text(methods[chosen]["matrix"]), highlight=False, markup=False)
+    say = partial(console.print, highlight=False, markup=False)
+    say(f"\n{chosen}: accuracy lost (points); rows are targets, columns sequences")
+    say(matrix_text(methods[chosen]["matrix"]))
     for number, id in enumerate(result["sequences"], start=1):
-        console.print(f"{number:3} {id} {' '.join(result['categories'][number - 1])}", highlight=False, markup=False)
-    console.print(f"\n{chosen}: the neurons of most sequences, and where they fire most", highlight=False)
-    for neuron in methods[chosen]["shared"]:
-        console.print(
-            f"layer {neuron['layer']}, neuron {neuron['neuron']}: {neuron['sequences']} of {len(result['sequences'])}",
-            highlight=False,
+        say(f"{number:3} {id} {' '.join(result['categories'][number - 1])}")
+    say(f"\n{chosen}: the {plural} of most sequences" + (", and where they fire most" if plural == "neurons" else ""))
+    for shared in methods[chosen]["shared"]:
+        layer, *unit = shared["index"]
+        say(
+            f"layer {layer}, {result['component']} {', '.join(map(str, unit))}: {shared['sequences']} of "
+            f"{len(result['sequences'])}"
         )
-        for fires in neuron["fires_on"]:
-            console.print(f"  {fires['activation']:+8.2f}  {fires['text']!r}", highlight=False, markup=False)
+        for fires in shared["fires_on"]:
+            say(f"  {fires['activation']:+8.2f}  {fires['text']!r}")
 
 
 def matrix_text(matrix: list[list[float]]) -> str:
-    """A matrix of accuracy changes as whole points lost, in columns; a gain has a plus, a loss no sign."""
+    """Format a matrix of accuracy changes as whole points lost, in columns; a gain has a plus, a loss no sign."""
     heads = "    " + "".join(f"{column:4}" for column in range(1, len(matrix[0]) + 1))
     rows = (
-        f"{row:4}" + "".join("   ." if value != value else f"{_lost(value):>4}" for value in values)
-        for row, values in enumerate(matrix, start=1)
+        f"{row:4}" + "".join(f"{_lost(value):>4}" for value in values) for row, values in enumerate(matrix, start=1)
     )
     return "\n".join((heads, *rows))
 
 
 def _lost(change: float) -> str:
+    if math.isnan(change):
+        return "."
     points = round(change)
     return f"+{points}" if points > 0 else str(-points)
 

@@ -1,8 +1,8 @@
-"""Choose the learned masks' settings on the dev sequences, which no benchmark measures on.
+"""Choose the settings of the learned masks on the dev sequences, on which no benchmark measures.
 
-1. Write each dev text into the model, as INJ does.
-2. Train every mask of the grid on it: the values that Chang et al. (2024) released for their models. Penalties weigh
-   a mean over all neurons, so they are taken per neuron and multiplied by the neurons of the model at hand.
+1. Inject each dev text into the model, as INJ does.
+2. Train every mask of the grid on it: the settings that Chang et al. (2024) released for their models. A penalty
+   weighs a mean over all components, so the grid holds penalties a component, to be multiplied by their number.
 3. Of each method, the settings with the highest recall, as a share of its ceiling, are chosen.
 """
 
@@ -10,17 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
+from math import prod
 from typing import Any
 
-from tqdm import tqdm
 from transformer_lens import HookedTransformer
 
-from memloc_lens.benchmarks.runner import RunSettings, open_folder
-from memloc_lens.benchmarks.statistics import summarize
+from memloc_lens.components import component_of, top_components
 from memloc_lens.injection import Injection
 from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import recall, recall_ceiling
-from memloc_lens.neurons import top_neurons
+from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
+from memloc_lens.runs.methods import name_of
+from memloc_lens.runs.schema import ByMethod, Record, TuningSummary
+from memloc_lens.runs.settings import RunSettings, open_folder
+from memloc_lens.runs.statistics import summarize
 from memloc_lens.sequence import MemorizedSequence
 
 GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
@@ -32,63 +35,63 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     },
     "slimming": {"lr": (1e-3, 5e-3, 1e-2), "penalty_each": (0.019, 0.092, 0.26, 0.41)},
 }
-"""Values to be tried of each method: the released ones for INJ and DEL, penalties divided by the number of neurons."""
+"""Values to try of each method: the released ones for INJ and DEL, penalties divided by the number of neurons."""
 
-
-InjectCell = Callable[[MemorizedSequence, float, int], AbstractContextManager[Injection]]
-"""Opens an injection of a text at a ratio, with the place of the text in the data."""
+InjectText = Callable[[int, float], AbstractContextManager[Injection]]
+"""Opens an injection of the text with an index, at a ratio."""
 
 
 def tune(
-    settings: RunSettings, model: HookedTransformer, texts: list[MemorizedSequence], inject_cell: InjectCell
-) -> dict[str, Any]:
-    """Try the grid on the dev texts, and write what was chosen to `tuned.toml`, which ``--config`` reads.
+    settings: RunSettings,
+    model: HookedTransformer,
+    texts: list[MemorizedSequence],
+    inject_text: InjectText,
+    engine: Engine = serial,
+) -> TuningSummary:
+    """Try the grid on the dev texts, and write the chosen settings to `tuned.toml`, which ``--config`` reads.
 
     Args:
         settings: of the run that the choice is for; steps and stops of the masks are taken from it.
         model: to inject into.
         texts: of the dev split.
-        inject_cell: how to.
+        inject_text: injects one of them.
+        engine: runs the jobs.
 
     Returns:
-        What `summary.json` holds: for each setting `tried` and ratio the share of the ceiling with its interval, in
-        points, and the settings `chosen` of each method, with the highest mean over the ratios.
+        The content of `summary.json`: for each setting `tried` and ratio the share of the ceiling with its confidence
+        interval, in points, and the settings `chosen` of each method, with the highest mean over the ratios.
 
     Raises:
-        ValueError: if no learned mask is among the methods, or no injection succeeds.
+        ValueError: if no injection succeeds.
     """
+    components = prod(component_of(settings.component).shape(model))
     grids = {
-        method: [*candidates(settings.localizer(method), method, model.cfg.n_layers * model.cfg.d_mlp)]
-        for method in settings.methods
-        if method in GRIDS
+        name_of(localizer): list(candidates(localizer, components))
+        for localizer in settings.localizers()
+        if isinstance(localizer, HardConcrete | Slimming)
     }
-    if not grids:
-        raise ValueError(f"methods are {' '.join(settings.methods)}; only {' and '.join(GRIDS)} have a grid to try")
-    tried = {name_of(localizer, method): localizer for method in grids for localizer in grids[method]}
-    cells = [(place, text, ratio) for place, text in enumerate(texts) for ratio in settings.ratios]
+    tried = {label_of(localizer): localizer for grid in grids.values() for localizer in grid}
+    cells = [(index, ratio) for index in range(len(texts)) for ratio in settings.ratios]
     folder = open_folder(settings, model, texts, [], records=len(cells) * len(tried))
-    with tqdm(total=len(cells) * len(tried), initial=len(folder.records), desc="tuning", unit="mask") as progress:
-        for place, text, ratio in cells:
-            left = [name for name in tried if (text.id, name, ratio) not in folder]
-            if not left:
-                continue
-            with inject_cell(text, ratio, place) as injected:
-                for name in left if injected.succeeded else ():
-                    found = top_neurons(tried[name](model, text), ratio, rounding="nearest")
-                    share = 100 * recall(injected.neurons, found) / recall_ceiling(injected.neurons, ratio)
-                    folder.append({"sequence": text.id, "method": name, "ratio": ratio, "recall_of_ceiling": share})
-                    progress.update()
-    if not folder.records:
+    jobs = [Job(tuple((texts[index].id, label, ratio) for label in tried), (index, ratio)) for index, ratio in cells]
+
+    def make_worker() -> Worker:
+        return lambda job: _records(model, texts, tried, inject_text, job)
+
+    records = run_jobs(make_worker, jobs, folder, engine, description="tuning", unit="mask")
+    if not records:
         raise ValueError(f"none of the {len(cells)} injections succeeded; take larger ratios")
-    results = summarize(folder.records, ["recall_of_ceiling"])
-    chosen = {method: max((name_of(each, method) for each in grids[method]), key=_mean_of(results)) for method in grids}
+    results = summarize(records, ["recall_of_ceiling"])
+    chosen = {
+        method: max(map(label_of, grid), key=lambda label: _sum(results, label)) for method, grid in grids.items()
+    }
     lines = [
         line
-        for method, name in chosen.items()
-        for line in (f"[{method}]", *(f"{field} = {getattr(tried[name], field)}" for field in fields_of(method)), "")
+        for method, label in chosen.items()
+        for line in (f"[{method}]", *(f"{name} = {getattr(tried[label], name)}" for name in fields_of(method)), "")
     ]
-    (settings.out / "tuned.toml").write_text("\n".join(lines))
-    summary = {
+    folder.write("tuned.toml", "\n".join(lines))
+    summary: TuningSummary = {
         "benchmark": "tuning",
         "model": settings.model,
         "sequences": len(texts),
@@ -99,25 +102,43 @@ def tune(
     return summary
 
 
-def _mean_of(results: dict[str, Any]) -> Callable[[str], float]:
-    """The mean over the ratios of what a setting reached."""
-    return lambda name: sum(cell["recall_of_ceiling"]["mean"] for cell in results[name].values())
+def _records(
+    model: HookedTransformer,
+    texts: list[MemorizedSequence],
+    tried: dict[str, HardConcrete | Slimming],
+    inject_text: InjectText,
+    job: Job,
+) -> Iterator[Record]:
+    index, ratio = job.content
+    with inject_text(index, ratio) as injected:
+        gold = injected.ground_truth
+        for id, label, _ in job.keys if injected.succeeded else ():
+            scores = tried[label](model, texts[index])
+            found = top_components(scores, ratio, rounding="nearest", component=gold.component)
+            share = 100 * recall(gold, found) / recall_ceiling(gold, ratio)
+            yield {"sequence": id, "method": label, "ratio": ratio, "recall_of_ceiling": share}
 
 
-def candidates(localizer: HardConcrete | Slimming, method: str, neurons: int) -> Iterator[HardConcrete | Slimming]:
-    """The localizer with each combination of its grid; all that the grid does not name stays."""
-    grid = GRIDS[method]
+def _sum(results: ByMethod, label: str) -> float:
+    """Add up what a setting reached at the ratios."""
+    return sum(cell["recall_of_ceiling"]["mean"] for cell in results[label].values())
+
+
+def candidates(localizer: HardConcrete | Slimming, components: int) -> Iterator[HardConcrete | Slimming]:
+    """Yield the localizer with every combination of its grid; its other settings stay."""
+    grid = GRIDS[name_of(localizer)]
     for values in product(*grid.values()):
         named: dict[str, Any] = dict(zip(grid, values, strict=True))
-        penalty = float(f"{named.pop('penalty_each') * neurons:.2g}")
+        penalty = float(f"{named.pop('penalty_each') * components:.2g}")
         yield replace(localizer, penalty=penalty, **named)
 
 
 def fields_of(method: str) -> list[str]:
-    """The settings of a method that its grid decides."""
+    """Return the settings of a method that its grid decides."""
     return ["penalty" if name == "penalty_each" else name for name in GRIDS[method]]
 
 
-def name_of(localizer: HardConcrete | Slimming, method: str) -> str:
-    """A localizer with the settings that its grid decides, as one name."""
-    return f"{method} " + " ".join(f"{field}={getattr(localizer, field):g}" for field in fields_of(method))
+def label_of(localizer: HardConcrete | Slimming) -> str:
+    """Return a label for a localizer with the settings that its grid decides."""
+    method = name_of(localizer)
+    return f"{method} " + " ".join(f"{name}={getattr(localizer, name):g}" for name in fields_of(method))

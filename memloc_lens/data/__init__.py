@@ -1,4 +1,4 @@
-"""Sequences and texts from files."""
+"""Load sequences and texts from files and data sets on the hub."""
 
 from memloc_lens.data.definitions import load_definitions
 from memloc_lens.data.files import load_sequences, load_texts

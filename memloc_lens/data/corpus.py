@@ -1,22 +1,24 @@
-"""The text of a corpus, document by document: files, folders, JSON lines, token tensors, data sets on the hub."""
+"""Read a corpus document by document, and cut documents into windows of tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.files import category_of, hub_rows, is_hub_name, read, read_lines, read_tokens
-
-TEXT_FIELDS = ("text", "all", "definition", "content")
+from memloc_lens.data.readers import Row, category_of, content_of, errors_at, is_plain_text, rows
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text or its tokens, where it stands, and what it is about."""
+    """A document of a corpus.
+
+    Args:
+        content: its text, or its token ids.
+        source: its file, and its line or row.
+        category: its subjects.
+    """
 
     content: str | list[int]
     source: str
@@ -25,7 +27,14 @@ class Document:
 
 @dataclass(frozen=True)
 class Window:
-    """Some tokens of a document, from its token number `start` on."""
+    """Consecutive tokens of a document.
+
+    Args:
+        tokens: ids.
+        source: file of the document, and its line or row.
+        start: index in the document of the first token.
+        category: subjects of the document.
+    """
 
     tokens: tuple[int, ...]
     source: str
@@ -34,42 +43,55 @@ class Window:
 
 
 def read_corpus(sources: Sequence[str | Path], names: Sequence[str] = ("*",)) -> Iterator[Document]:
-    """The documents of a corpus, always in the same order.
+    """Read the documents of a corpus, always in the same order.
 
     Args:
-        sources: each a text file; a JSON lines file with a text under "text", "all", "definition" or "content" or ids
-            under "tokens", and if wanted "category"; a `.pt` file with a tensor of token ids, a row a document; a
-            folder of these, in which every subfolder is a category; or owner/name:split of a data set on the hub,
-            which is streamed; the split is "train" if left out.
-        names: of the files to take from folders, with wildcards. Files that hold no text are passed over there.
+        sources: files (`readers.py` lists the formats; a plain text file is one document), folders of files, or
+            owner/name:split of data sets on the hub, which are streamed; the default split is "train". A row has a
+            text or `tokens`, and optionally a `category`; in a folder the default category is the subfolder.
+        names: patterns of the files to read in folders. Plain files there that are not text in UTF-8 are skipped.
+
+    Returns:
+        The documents.
 
     Raises:
-        ValueError: for a source that cannot be read, or a line of it: file, line and reason.
+        ValueError: if a source cannot be read, or a row has no content: with the file, the line or row, and the reason.
+
+    Example:
+        >>> from memloc_lens.data.corpus import read_corpus
+        >>> from memloc_lens.data.definitions import DEFINITIONS
+        >>> len(list(read_corpus([DEFINITIONS])))
+        65
     """
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                if file.is_file() and any(fnmatch(file.name, name) for name in names):
-                    yield from _in_folder(file, path)
-        elif path.is_file():
-            yield from _file(path, ())
-        elif is_hub_name(name := str(source).partition(":")[0]):
-            split = str(source).partition(":")[2] or "train"
-            for number, row in enumerate(hub_rows(name, split, streaming=True), start=1):
-                yield _row(row, f"{source}, row {number}", ())
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            yield from _folder(folder, names)
         else:
-            raise ValueError(
-                f"no corpus at {str(source)!r}: give a text, .jsonl or .pt file, a folder, or owner/name:split of a "
-                "data set on the hub"
-            )
+            for row in rows(source, "corpus", streaming=True):
+                yield _document(row)
 
 
 def windows_of(model: HookedTransformer, documents: Iterable[Document], length: int, stride: int) -> Iterator[Window]:
-    """All windows of `length` tokens of the documents, `stride` apart.
+    """Cut documents into windows.
+
+    Args:
+        model: reads the texts with its tokenizer.
+        documents: to cut. Those with fewer than `length` tokens have no window.
+        length: tokens in a window.
+        stride: tokens from the start of one window to the start of the next.
+
+    Returns:
+        The windows in the order of the documents.
 
     Raises:
         ValueError: if a document is text and the model has no tokenizer.
+
+    Example:
+        >>> from memloc_lens.data.corpus import Document, windows_of
+        >>> windows = windows_of(model, [Document([5, 6, 7, 8, 9], "here")], length=3, stride=2)
+        >>> [window.tokens for window in windows]
+        [(5, 6, 7), (7, 8, 9)]
     """
     for document in documents:
         tokens = document.content
@@ -81,37 +103,23 @@ def windows_of(model: HookedTransformer, documents: Iterable[Document], length: 
             yield Window(tuple(tokens[start : start + length]), document.source, start, document.category)
 
 
-def _in_folder(file: Path, folder: Path) -> Iterator[Document]:
-    category = file.relative_to(folder).parts[:-1][:1]
+def _folder(folder: Path, names: Sequence[str]) -> Iterator[Document]:
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and any(fnmatch(file.name, name) for name in names):
+            category = file.relative_to(folder).parts[:-1][:1]
+            yield from _file_in_folder(file, category)
+
+
+def _file_in_folder(file: Path, category: tuple[str, ...]) -> Iterator[Document]:
+    """Read a file of a folder. What looks like plain text may be a picture or a program: skip it."""
     try:
-        yield from _file(file, category)
-    except ValueError:
-        if file.suffix in (".jsonl", ".pt"):
-            raise
+        for row in rows(file, "corpus"):
+            yield _document(row, category)
+    except ValueError as error:
+        if not is_plain_text(file):
+            raise ValueError(f"{error}; to leave the file out, choose files with names") from error
 
 
-def _file(file: Path, category: tuple[str, ...]) -> Iterator[Document]:
-    if file.suffix == ".jsonl":
-        for number, row in read_lines(file):
-            yield _row(row, f"{file}, line {number}", category)
-    elif file.suffix == ".pt":
-        for number, tokens in enumerate(read_tokens(file).tolist(), start=1):
-            yield Document(tokens, f"{file}, row {number}", category)
-    else:
-        yield Document(read(file), str(file), category)
-
-
-def _row(row: dict[str, Any], place: str, category: tuple[str, ...]) -> Document:
-    try:
-        category = category_of(row, category)
-        if "tokens" in row:
-            tokens = torch.tensor(row["tokens"], dtype=torch.long)
-            if tokens.ndim != 1:
-                raise ValueError(f"tokens have the shape {list(tokens.shape)}; one row of ids was expected")
-            return Document(tokens.tolist(), place, category)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{place}: {error}") from error
-    for field in TEXT_FIELDS:
-        if isinstance(row.get(field), str):
-            return Document(row[field], place, category)
-    raise ValueError(f"{place}: no field {' or '.join(map(repr, TEXT_FIELDS))} that holds a string, and no 'tokens'")
+def _document(row: Row, category: tuple[str, ...] = ()) -> Document:
+    with errors_at(row["where"]):
+        return Document(content_of(row), row["where"], category_of(row, category))

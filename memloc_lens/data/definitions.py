@@ -1,84 +1,89 @@
-"""Texts for a model to learn: new to it, short, and known whole."""
+"""Texts to inject: new to the model, short, and learned as a whole."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+import torch
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.files import hub_rows, is_hub_name, read, read_lines
+from memloc_lens.checks import check_model
+from memloc_lens.data.readers import (
+    Row,
+    category_of,
+    content_of,
+    errors_at,
+    find_text,
+    is_plain_text,
+    no_such_split,
+    rows,
+    text_lines,
+    with_distinct_ids,
+)
 from memloc_lens.sequence import MemorizedSequence
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"
 """Sentences that define things which do not exist, so that no model has read them."""
 
-FIELDS = ("definition", "text", "all")
+PROMPT_LEN = 1
+"""Tokens in the prompt of a text to inject: all others are learned."""
 
 
 def load_definitions(
     model: HookedTransformer, source: str | Path | None = None, split: str = "test", max_tokens: int = 0
 ) -> list[MemorizedSequence]:
-    """Texts as sequences that are learned whole: the prompt is the first token alone.
+    """Load texts to inject, as sequences whose prompt is the first token.
 
     Args:
-        model: whose tokenizer reads the texts.
-        source: JSON lines with a text under "definition", "text" or "all" (ECBD is read as it comes); any other
-            file, a text a line; or the name of a data set on the hub. Nothing: the package's own definitions.
-        split: of the package's own, 5 `"dev"` and 60 `"test"`, or of the data set on the hub. Rows of a JSON lines
-            file that name no split belong to all of them.
-        max_tokens: longer texts are cut to this many tokens; 0 cuts nothing.
+        model: reads the texts with its tokenizer.
+        source: file with a text a row under `definition`, `text`, `all` or `content` (ECBD is read as it was
+            published), or with `tokens`; a plain text file with a text a line; or owner/name of a data set on the hub.
+            Default: the package's definitions.
+        split: `"test"` (60 of the package's definitions) or `"dev"` (5), or the split on the hub if the source names
+            none. Rows without a split belong to all splits.
+        max_tokens: length in tokens to which longer texts are cut; 0 cuts nothing.
+
+    Returns:
+        The sequences in the order of the source.
 
     Raises:
-        ValueError: for a source that cannot be read, or a text that the model cannot: file, line and reason.
+        ValueError: if the source cannot be read or has no such split, two rows share an id, or the model cannot read a
+            text: with the file, the line or row, and the reason.
 
     Example:
-        >>> model = load_model()
-        >>> len(load_definitions(model))
-        60
+        >>> len(load_definitions(model)), load_definitions(model)[0].prompt_len
+        (60, 1)
     """
-    if model.tokenizer is None:
-        raise ValueError(f"{model.cfg.model_name} has no tokenizer to read texts with")
-    sequences = []
-    for place, id, text in _texts(DEFINITIONS if source is None else source, split):
-        try:
-            sequence = MemorizedSequence.from_text(model, text, prompt_len=1, id=id)
-            if max_tokens:
-                sequence = MemorizedSequence(sequence.tokens[:max_tokens], 1, id)
-            sequence.check_fits(model)
-        except ValueError as error:
-            raise ValueError(f"{place}: {error}") from error
-        sequences.append(sequence)
+    check_model(model)
+    if not isinstance(max_tokens, int) or max_tokens < 0 or max_tokens == PROMPT_LEN:
+        raise ValueError(f"max_tokens is {max_tokens!r}; it must be 0 (no cut) or at least {PROMPT_LEN + 1}")
+    source = DEFINITIONS if source is None else source
+    sequences: list[MemorizedSequence] = []
+    splits: set[str] = set()
+    for row in with_distinct_ids(_rows(source, split)):
+        splits.add(row.get("split", split))
+        if row.get("split", split) == split:
+            with errors_at(row["where"]):
+                sequences.append(_definition(model, row, max_tokens))
     if not sequences:
-        raise ValueError(f"{source} has no text in the split {split!r}")
+        raise no_such_split(source, split, splits)
     return sequences
 
 
-def _texts(source: str | Path, split: str) -> Iterator[tuple[str, str, str]]:
-    """Where each text stands, its id, and the text."""
-    path = Path(source)
-    if path.is_file() and path.suffix in (".jsonl", ".json"):
-        for number, row in read_lines(path):
-            if row.get("split", split) == split:
-                place = f"{path}, line {number}"
-                yield place, str(row.get("id", f"{path.stem}-{number}")), _text(row, place)
-    elif path.is_file():
-        for number, line in enumerate(read(path).splitlines(), start=1):
-            if line.strip():
-                yield f"{path}, line {number}", f"{path.stem}-{number}", line.strip()
-    elif is_hub_name(str(source)):
-        for number, row in enumerate(hub_rows(str(source), split), start=1):
-            place = f"{source}, row {number}"
-            yield place, str(row.get("id", f"{path.name}-{number}")), _text(row, place)
+def _rows(source: str | Path, split: str) -> Iterator[Row]:
+    if is_plain_text(source):
+        return text_lines(Path(source).expanduser())
+    return rows(source, "texts", hub_split=split)
+
+
+def _definition(model: HookedTransformer, row: Row, max_tokens: int) -> MemorizedSequence:
+    """Make the sequence from the text, if there is one: `tokens` beside it may be of another tokenizer."""
+    content = find_text(row) or content_of(row)
+    if isinstance(content, str):
+        if model.tokenizer is None:
+            raise ValueError(f"{model.cfg.model_name} has no tokenizer to read texts with; give tokens")
+        tokens = MemorizedSequence.from_text(model, content, PROMPT_LEN, row["id"]).tokens
     else:
-        raise ValueError(
-            f"no texts at {str(source)!r}: give a .jsonl file with {' or '.join(FIELDS)}, a text file with a text a "
-            "line, or the name owner/name of a data set on the hub"
-        )
-
-
-def _text(row: dict[str, Any], place: str) -> str:
-    for field in FIELDS:
-        if isinstance(row.get(field), str):
-            return row[field]
-    raise ValueError(f"{place}: no field {' or '.join(map(repr, FIELDS))} that holds a string: {json.dumps(row)[:80]}")
+        tokens = torch.tensor(content, dtype=torch.long)
+    sequence = MemorizedSequence(tokens[: max_tokens or None], PROMPT_LEN, row["id"], category_of(row))
+    sequence.check_fits(model)
+    return sequence

@@ -1,190 +1,129 @@
-"""Read sequences and texts: from JSON lines, token tensors, and data sets on the hub.
+"""Load memorized sequences and texts from files and data sets on the hub; `readers.py` lists the formats."""
 
-A line of JSON lines is one object. A sequence is ``{"all": text, "prompt_len": tokens}`` with, if wanted, ``prompt``
-(with which `all` must start), ``id``, ``category`` (a list of subjects) and ``split`` (``test`` if left out). In place
-of `all`, ``tokens`` may give the token ids. These are the files that Chang et al. (2024) published for GPT2-XL, the
-embedded model's, and those that `memloc_lens.data.find` writes.
-
-A token tensor is what they published for Pythia: a `.pt` file with a whole-number tensor [row, pos]. It and rows of
-tokens on the hub (`EleutherAI/pythia-memorized-evals:duped.6.9b`) tell neither the prompt's length nor a split: the
-prompt is 32 tokens, and the first 5 rows are `dev`.
-"""
-
-import json
-import pickle
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetNotFoundError
-from jaxtyping import Int
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.checks import check_model
+from memloc_lens.data.readers import (
+    Row,
+    category_of,
+    content_of,
+    errors_at,
+    is_plain_text,
+    no_such_split,
+    rows,
+    text_of,
+    with_distinct_ids,
+)
 from memloc_lens.models import EMBEDDED
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.sequence import MemorizedSequence, decode
 
-PROMPT_LEN, DEV_ROWS = 32, 5
-"""Of data sets that are tokens alone, as in the paper."""
+DEFAULT_SPLIT = "test"
+"""The split of rows that name none."""
+
+OPTIONAL_SPLITS = ("dev", "control", "partial", "guessable")
+"""Splits that a data set may lack: an experiment then has none of these sequences. Without `test` it has nothing."""
 
 
 def load_sequences(
-    model: HookedTransformer, path: str | Path | None = None, split: str = "test"
+    model: HookedTransformer, path: str | Path | None = None, split: str = DEFAULT_SPLIT
 ) -> list[MemorizedSequence]:
-    """The sequences of one split of a data set, checked against the model.
+    """Load the sequences of one split of a data set, and check all its rows against the model.
 
     Args:
-        model: whose tokenizer reads the texts.
-        path: a JSON lines file, a `.pt` file, or owner/name:split of a data set on the hub with a column `tokens`;
-            nothing for the sequences of the embedded model.
-        split: of the embedded model: `"dev"` and `"test"` are memorized, `"control"` was seen at most once and
-            is not memorized, `"partial"` was seen repeatedly and is not (fully) memorized.
+        model: reads the texts with its tokenizer.
+        path: file, or owner/name:split of a data set on the hub. A row has `tokens`, or a text `all`, and `prompt_len`
+            in tokens; optional are `prompt`, `id`, `category` and `split`. Default: the embedded model's sequences.
+        split: of the embedded model, `"dev"` and `"test"` are memorized; `"control"` was seen at most once in training
+            and is not memorized; `"partial"` was seen repeatedly and is not (fully) memorized.
+
+    Returns:
+        The sequences in the order of the file. The list is empty if the data set lacks the split `"dev"`,
+        `"control"`, `"partial"` or `"guessable"`.
 
     Raises:
-        ValueError: for a file that does not exist, or a line or row that holds no sequence for this model: file,
-            number and reason.
+        ValueError: if the data set cannot be read or has no such split, two rows share an id, or a row is no sequence
+            for this model: with the file, the line or row, and the reason.
 
     Example:
-        >>> model = load_model()
-        >>> load_sequences(model)[0].prompt_len
-        32
+        >>> len(load_sequences(model)), load_sequences(model)[0].prompt_len
+        (278, 32)
     """
-    if path is None:
-        if model.cfg.model_name != EMBEDDED.name:
-            raise ValueError(
-                f"only the embedded model has sequences of its own; give a data file for {model.cfg.model_name}"
-            )
-        path = EMBEDDED / "sequences.jsonl"
-    sequences = []
-    for place, row in _rows(str(path)):
-        try:
-            sequence = _sequence(model, row, default_id=f"{Path(path).stem}-{row['number']}")
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{place}: {error}") from error
-        if row.get("split", "test") == split:
-            sequences.append(sequence)
-    return sequences
-
-
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row of a data set stands, and the row with its number."""
-    path = Path(source).expanduser()
-    name, colon, hub_split = source.partition(":")
-    if path.suffix == ".pt":
-        for number, tokens in enumerate(read_tokens(path).tolist(), start=1):
-            yield f"{path}, row {number}", _token_row(tokens, number)
-    elif colon and is_hub_name(name):
-        for number, row in enumerate(hub_rows(name, hub_split), start=1):
-            if "tokens" not in row:
-                raise ValueError(f"{source}, row {number}: no column 'tokens', only {', '.join(row)}")
-            yield f"{source}, row {number}", _token_row(row["tokens"], number)
-    else:
-        for number, row in read_lines(path):
-            yield f"{path}, line {number}", {**row, "number": number}
-
-
-def _token_row(tokens: list[int], number: int) -> dict[str, Any]:
-    split = "dev" if number <= DEV_ROWS else "test"
-    return {"tokens": tokens, "prompt_len": PROMPT_LEN, "split": split, "number": number}
+    check_model(model)
+    source = _default_source(model) if path is None else path
+    if is_plain_text(source):
+        raise ValueError(f"{source} is plain text, which has no prompt_len; give the sequences as .jsonl")
+    splits: dict[str, list[MemorizedSequence]] = {}
+    for row in with_distinct_ids(rows(source, "sequences")):
+        with errors_at(row["where"]):
+            sequence = _sequence(model, row)
+        splits.setdefault(row.get("split", DEFAULT_SPLIT), []).append(sequence)
+    if split not in splits and (not splits or split not in OPTIONAL_SPLITS):
+        raise no_such_split(source, split, splits)
+    return splits.get(split, [])
 
 
 def load_texts(path: str | Path) -> list[str]:
-    """Texts from a plain text file, or the field `text` of a JSON lines file.
+    """Load texts: the field `text` of every row, or a plain text file as one text.
+
+    Args:
+        path: file, or owner/name:split of a data set on the hub. The text of a row may also be called `all`,
+            `definition` or `content`.
+
+    Returns:
+        The texts in the order of the file.
 
     Raises:
-        ValueError: for a file that does not exist, or a line without text: file, line number and reason.
+        ValueError: if the file cannot be read, or a row has no text: with the file, the line or row, and the reason.
+
+    Example:
+        >>> from memloc_lens.data import load_texts
+        >>> from memloc_lens.data.definitions import DEFINITIONS
+        >>> load_texts(DEFINITIONS)[0][:30]
+        'The Ostrel Bridge is a covered'
     """
-    path = Path(path)
-    if path.suffix not in (".jsonl", ".json"):
-        return [read(path)]
     texts = []
-    for number, row in read_lines(path):
-        if not isinstance(row.get("text"), str):
-            raise ValueError(f"{path}, line {number}: no field 'text' that holds a string")
-        texts.append(row["text"])
+    for row in rows(path, "texts"):
+        with errors_at(row["where"]):
+            texts.append(text_of(row))
     return texts
 
 
-def _sequence(model: HookedTransformer, row: dict[str, Any], default_id: str) -> MemorizedSequence:
+def _default_source(model: HookedTransformer) -> Path:
+    if model.cfg.model_name != EMBEDDED.name:
+        raise ValueError(
+            f"only the embedded model has sequences of its own; give a data file for {model.cfg.model_name}"
+        )
+    return EMBEDDED / "sequences.jsonl"
+
+
+def _sequence(model: HookedTransformer, row: Row) -> MemorizedSequence:
     prompt_len = row.get("prompt_len")
     if not isinstance(prompt_len, int) or isinstance(prompt_len, bool):
         raise ValueError(f"prompt_len is {prompt_len!r}; it must be a whole number of tokens")
-    id, category = str(row.get("id", default_id)), category_of(row)
-    if "tokens" in row:
-        sequence = MemorizedSequence(torch.tensor(row["tokens"], dtype=torch.long), prompt_len, id, category)
-    elif isinstance(text := row.get("all"), str):
-        if not text.startswith(row.get("prompt", "")):
-            raise ValueError("the text 'all' does not start with 'prompt'")
-        sequence = MemorizedSequence.from_text(model, text, prompt_len, id, category)
+    content, category = content_of(row), category_of(row)
+    if isinstance(content, str):
+        sequence = MemorizedSequence.from_text(model, content, prompt_len, row["id"], category)
+        _check_prompt(model, row, content, sequence)
     else:
-        raise ValueError("neither a text 'all' nor 'tokens'")
+        sequence = MemorizedSequence(torch.tensor(content, dtype=torch.long), prompt_len, row["id"], category)
     sequence.check_fits(model)
     return sequence
 
 
-def category_of(row: dict[str, Any], default: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """The subjects of a row; a `ValueError` if they are not a list of strings, or one string."""
-    category = row.get("category", default)
-    category = (category,) if isinstance(category, str) else category
-    if not isinstance(category, list | tuple) or not all(isinstance(subject, str) for subject in category):
-        raise ValueError(f"category is {category!r}; it must be a list of strings")
-    return tuple(category)
-
-
-def read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON lines file with their line numbers; a `ValueError` names the line that is none."""
-    for number, line in enumerate(read(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a {type(row).__name__} where an object {{...}} was expected")
-        yield number, row
-
-
-def read_tokens(path: Path) -> Int[Tensor, "row pos"]:
-    """The token ids of a `.pt` file, read without running any code of it.
-
-    Raises:
-        ValueError: if it is no whole-number tensor with a row for each text.
-    """
-    try:
-        tokens = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a tensor that torch.save wrote: {str(error).splitlines()[0]}") from error
-    if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex():
-        found = f"a tensor {tokens.dtype} {list(tokens.shape)}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise ValueError(f"{path} holds {found}; a tensor of whole numbers [row, pos] was expected")
-    return tokens.long()
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether this reads as owner/name of a data set on the hub, and not as a path."""
-    is_file_name = Path(source).suffix in (".jsonl", ".json", ".txt", ".md", ".pt")
-    return source.count("/") == 1 and not source.startswith(("/", ".", "~")) and not is_file_name
-
-
-def hub_rows(name: str, split: str, streaming: bool = False) -> Any:
-    """The rows of a split of a data set on the hub; a `ValueError` says why they cannot be had."""
-    try:
-        return load_dataset(name, split=split, streaming=streaming)
-    except (DatasetNotFoundError, ConnectionError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the data set {name!r} with its split {split!r} could not be had: {reason}") from error
-
-
-def read(path: Path) -> str:
-    """The content of a UTF-8 file; a `ValueError` says why it cannot be read."""
-    try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+def _check_prompt(model: HookedTransformer, row: Row, text: str, sequence: MemorizedSequence) -> None:
+    """Refuse a `prompt` that is not the first `prompt_len` tokens: another tokenizer may have counted them."""
+    prompt = row.get("prompt", "")
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt is {prompt!r}; it must be a string")
+    if not text.startswith(prompt):
+        raise ValueError(f"the text does not start with 'prompt', {prompt[:40]!r}")
+    assert model.tokenizer is not None  # from_text needed it
+    tokens = model.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+    if prompt and decode(model, torch.tensor(tokens)) != decode(model, sequence.prompt[0]):
+        raise ValueError(
+            f"prompt_len is {sequence.prompt_len}, and 'prompt' has {len(tokens)} of this model's tokens; correct one "
+            "or leave 'prompt' out"
+        )

@@ -1,4 +1,4 @@
-"""Near-duplicates: sequences that share more than a few 5-grams."""
+"""Find near-duplicates: sequences that share more than a few 5-grams."""
 
 from collections.abc import Sequence
 
@@ -11,29 +11,41 @@ GRAM = 5
 
 
 def near_duplicate_groups(rows: Sequence[Sequence[int]], threshold: float = 0.05) -> Int[np.ndarray, " row"]:
-    """For each row of tokens the number of its group; rows are joined by the Jaccard index of their 5-grams.
+    """Group rows of tokens that are near-duplicates.
 
-    Two rows are joined if the share of their 5-grams that both have is above the threshold, and a group is all that
-    joins reach, directly or through others (Chang et al., 2024, app. A). Work grows with the 5-grams shared, not
-    with the pairs of rows.
+    Two rows are joined if the Jaccard index of their sets of 5-grams is above the threshold. A group is all rows that
+    are joined directly or through others. The work grows with the number of shared 5-grams, not with the pairs of rows.
+
+    Args:
+        rows: of token ids.
+        threshold: Jaccard index, from 0 to 1.
+
+    Returns:
+        The number of the group of every row.
+
+    Source: Chang et al. (2024), app. A.
 
     Example:
+        >>> from memloc_lens.data.near_duplicates import near_duplicate_groups
         >>> near_duplicate_groups([range(10), range(1, 11), range(20, 30)]).tolist()
         [0, 0, 1]
     """
-    numbers: dict[tuple[int, ...], int] = {}
-    grams = [
-        sorted(
-            {numbers.setdefault(tuple(row[start : start + GRAM]), len(numbers)) for start in range(len(row) - GRAM + 1)}
-        )
-        for row in rows
-    ]
-    sizes = np.array([len(each) for each in grams], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    columns = np.concatenate([np.array(each, dtype=np.int64) for each in grams]) if grams else np.zeros(0, np.int64)
-    has = csr_array((np.ones(len(columns), dtype=np.int64), columns, starts), shape=(len(rows), max(len(numbers), 1)))
-    shared = (has @ has.T).tocoo()
+    contains = _gram_matrix(rows)
+    sizes = contains.sum(axis=1)
+    shared = (contains @ contains.T).tocoo()
     jaccard = shared.data / (sizes[shared.row] + sizes[shared.col] - shared.data)
     joined = csr_array((jaccard > threshold, (shared.row, shared.col)), shape=shared.shape)
     joined.eliminate_zeros()
     return connected_components(joined, directed=False)[1]
+
+
+def _gram_matrix(rows: Sequence[Sequence[int]]) -> csr_array:
+    """Return a sparse matrix [row, gram] with a 1 where the row has the 5-gram."""
+    numbers: dict[tuple[int, ...], int] = {}
+    row_indices, columns = [], []
+    for index, row in enumerate(rows):
+        grams = {tuple(row[start : start + GRAM]) for start in range(len(row) - GRAM + 1)}
+        columns += [numbers.setdefault(gram, len(numbers)) for gram in grams]
+        row_indices += [index] * len(grams)
+    ones = np.ones(len(columns), dtype=np.int64)
+    return csr_array((ones, (row_indices, columns)), shape=(len(rows), max(len(numbers), 1)))

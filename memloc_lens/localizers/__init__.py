@@ -1,23 +1,26 @@
-"""Localizers: model + sequence -> one score a neuron, higher is more responsible.
+"""Localizers: model + sequence -> one score a component, higher is more responsible.
 
-Every localizer is a frozen dataclass whose fields are its hyperparameters and whose call is the method.
+Every localizer is a frozen dataclass whose fields are its settings and whose call is the method. A new one is a file
+with such a class, and its line in `METHODS`: names, command lines and ``--help`` follow from it.
 """
 
 from memloc_lens.localizers.activations import Activations
 from memloc_lens.localizers.baselines import Random, WeightNorm
 from memloc_lens.localizers.integrated_gradients import IntegratedGradients
 from memloc_lens.localizers.learned_masks import HardConcrete, Slimming
+from memloc_lens.localizers.scoring import Localizer
 from memloc_lens.localizers.zero_out import ZeroOut
 
-LOCALIZERS = {
-    "hard-concrete": HardConcrete,
-    "slimming": Slimming,
-    "zero-out": ZeroOut,
-    "integrated-gradients": IntegratedGradients,
-    "activations": Activations,
-    "weight-norm": WeightNorm,
-    "random": Random,
-}
-"""The localizers by their names on the command line."""
+METHODS: tuple[type[Localizer], ...] = (
+    HardConcrete,
+    Slimming,
+    ZeroOut,
+    IntegratedGradients,
+    Activations,
+    WeightNorm,
+    Random,
+)
+"""The localizers of the package, in the order of tables."""
 
-__all__ = ["LOCALIZERS", *sorted(localizer.__name__ for localizer in LOCALIZERS.values())]
+LOCALIZERS: dict[str, type[Localizer]] = {localizer.name: localizer for localizer in METHODS}
+"""The localizers by their names on the command line."""

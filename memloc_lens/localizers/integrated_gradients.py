@@ -1,4 +1,4 @@
-"""Integrated gradients: how the probability of each next token builds up along a neuron's activation.
+"""Integrated gradients: how much of each true token's probability is due to a neuron's activation.
 
 Chang et al. (2024), eq. 6, after Dai et al. (2022) and Sundararajan et al. (2017). For target position t, the
 activations of layer l *at t alone* are scaled from nothing to their own value in m steps, both ends included:
@@ -7,16 +7,16 @@ activations of layer l *at t alone* are scaled from nothing to their own value i
 
 where the derivative is taken at a * post[l][t].
 
-Written down directly that is one run of a prefix for every t. But what is changed at t alone reaches other
-positions only through attention from later positions, and the probability at t reads position t alone. So all
-positions go through one run, if every position attends to the *clean* keys and values of those before it and
-to its own, perturbed, key and value:
+Done directly, this takes one run of a prefix for every t. But a change at t alone reaches other positions only
+through attention from later positions, and the probability at t depends on position t alone. So all positions go
+through one run, in which every position attends to the *clean* keys and values of the positions before it and to its
+own, perturbed, key and value:
 
 1. A clean pass keeps each layer's keys, values, activations and residual stream.
 2. Layer l runs from its clean input with its activations replaced by a * post[l], all steps a, and many sequences,
    in one batch.
 3. In each later layer, queries come from the perturbed stream while keys and values are replaced by the clean
-   ones, and the diagonal is put right: q.(k - k_clean)/scale is added to a position's attention score for
+   ones, and the diagonal is corrected: q.(k - k_clean)/scale is added to a position's attention score for
    itself, and pattern * (v - v_clean) to what it reads.
 4. One backward pass from the sum of the probabilities gives the gradients of all positions.
 """
@@ -24,6 +24,7 @@ to its own, perturbed, key and value:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from einops import einsum, rearrange
@@ -32,48 +33,71 @@ from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from memloc_lens.ablation import Hook, post
+from memloc_lens.checks import check_model, check_number
+from memloc_lens.components import Hook, post
 from memloc_lens.forward import target_losses
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.sequence import Batch, MemorizedSequence
 
 
 @dataclass(frozen=True)
 class IntegratedGradients:
-    """Integrated gradients of the probability of each gold token, exact, all positions in one pass.
+    """Integrated gradients of the probability of each true token, exact, all positions in one pass. For neurons.
 
     Args:
-        steps: m, the points of the integral, both ends included; 1 takes the gradient at the zero end.
-        first_layer: layers before it are left out, and score 0.
+        steps: Number of points of the integral, both ends included. With 1, the gradient is taken at zero.
+        first_layer: Layers before it are left out, and score 0.
+
+    Example:
+        >>> IntegratedGradients(steps=5)(model, sequence).shape
+        torch.Size([6, 768])
     """
 
+    name: ClassVar[str] = "integrated-gradients"
     steps: int = 20
     first_layer: int = 0
+
+    def __post_init__(self) -> None:
+        check_number("steps", self.steps, least=1, whole=True)
+        check_number("first_layer", self.first_layer, least=0, whole=True)
 
     def __call__(
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "*sequence layer neuron"]:
-        """Signed scores in units of probability, [layer, neuron], or [sequence, layer, neuron] for a list.
+        """Return signed scores in units of probability: [layer, neuron], or [sequence, layer, neuron] for a list.
 
         Raises:
             ValueError: if the model caps its attention scores (Gemma 2), where step 3 does not hold.
         """
+        check_model(model)
         if model.cfg.attn_scores_soft_cap > 0:
-            raise ValueError(f"integrated gradients do not support the capped attention of {model.cfg.model_name}")
-        return score(model, sequences, self._score_batch, model.cfg.n_layers - self.first_layer, self.steps)
+            raise ValueError(
+                f"{model.cfg.model_name} caps its attention scores, which integrated gradients do not support; use "
+                "another method"
+            )
+        graph_layers = model.cfg.n_layers - self.first_layer
+        return score(
+            model,
+            sequences,
+            self._score_batch,
+            first_layer=self.first_layer,
+            graph_layers=graph_layers,
+            rows_each=self.steps,
+        )
 
-    def _score_batch(
-        self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
-    ) -> Float[Tensor, "batch layer neuron"]:
+    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
         kept = ("mlp.hook_post", "hook_resid_pre", "attn.hook_v", _key_name(model))
         with torch.no_grad():
-            _, cache = model.run_with_cache(tokens, return_type=None, names_filter=lambda name: name.endswith(kept))
-        scores = torch.zeros(len(tokens), model.cfg.n_layers, model.cfg.d_mlp, device=tokens.device)
-        copies = torch.cartesian_prod(torch.arange(len(tokens)), torch.arange(self.steps)).to(tokens.device)
+            _, cache = model.run_with_cache(
+                batch.tokens, return_type=None, names_filter=lambda name: name.endswith(kept)
+            )
+        device = batch.tokens.device
+        scores = torch.zeros(len(batch), model.cfg.n_layers, model.cfg.d_mlp, device=device)
+        copies = torch.cartesian_prod(torch.arange(len(batch)), torch.arange(self.steps)).to(device)
         for layer in range(self.first_layer, model.cfg.n_layers):
-            size = rows_at_once(model, tokens.shape[1], tokens.shape[1] - prompt_len, model.cfg.n_layers - layer)
-            work = partial(_attributions, model, cache, layer, tokens, prompt_len, self.steps)
+            size = rows_at_once(model, batch.length, batch.suffix_len, model.cfg.n_layers - layer)
+            work = partial(_attributions, model, cache, layer, batch, self.steps)
             scores[:, layer] = torch.stack(in_chunks(copies, size, work)).sum(dim=0)
         return scores
 
@@ -82,14 +106,13 @@ def _attributions(
     model: HookedTransformer,
     cache: ActivationCache,
     layer: int,
-    tokens: Int[Tensor, "batch pos"],
-    prompt_len: int,
+    batch: Batch,
     steps: int,
     copies: Int[Tensor, "copy 2"],
-) -> Float[Tensor, "batch d_mlp"]:
-    """What some copies, each a row of the batch at a point of the integral, add to the scores of a layer."""
+) -> Float[Tensor, "row neuron"]:
+    """Return what some copies, each a row of the batch at a point of the integral, add to the scores of a layer."""
     row, step = copies.unbind(dim=1)
-    clean = cache[post(layer)]
+    clean = cache[post(layer)]  # [row, pos, neuron]
     fractions = torch.linspace(0, 1, steps, device=clean.device).to(clean)[step]
     activations = (fractions[:, None, None] * clean[row]).requires_grad_(True)
     hooks: list[tuple[str, Hook]] = [(post(layer), lambda _, hook: activations)]
@@ -97,25 +120,27 @@ def _attributions(
         hooks += _clean_past_hooks(model, cache, later, row)
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         residual = model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
-        gold = torch.exp(-target_losses(model, residual[:, prompt_len - 1 : -1], tokens[row], prompt_len))
-        (gradients,) = torch.autograd.grad(gold.sum(), activations)
-    targets = slice(prompt_len - 1, -1)
-    each = einsum(
-        gradients[:, targets].float(), clean[row, targets].float(), "copy pos neuron, copy pos neuron -> copy neuron"
+        probabilities = torch.exp(-target_losses(model, residual[:, batch.targets], batch[row]))
+        # a probability depends on the activations of its own position only, so one sum serves all positions
+        (gradients,) = torch.autograd.grad(probabilities.sum(), activations)
+    attributions = einsum(
+        gradients[:, batch.targets].float(),
+        clean[row, batch.targets].float(),
+        "copy pos neuron, copy pos neuron -> copy neuron",
     )
-    sums = torch.zeros(len(tokens), each.shape[1], device=each.device).index_add(0, row, each)
-    return sums / (tokens.shape[1] - prompt_len) / steps
+    sums = torch.zeros(len(batch), attributions.shape[1], device=attributions.device).index_add(0, row, attributions)
+    return sums / batch.suffix_len / steps
 
 
 def _key_name(model: HookedTransformer) -> str:
-    """The hook point of keys as attention uses them: after rotation where positions are rotary."""
+    """Return the hook point of keys as attention uses them: after rotation where positions are rotary."""
     return "attn.hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "attn.hook_k"
 
 
 def _clean_past_hooks(
     model: HookedTransformer, cache: ActivationCache, layer: int, row: Int[Tensor, " copy"]
 ) -> list[tuple[str, Hook]]:
-    """Hooks that let every position of a layer see the clean past and its own perturbed self (step 3)."""
+    """Return hooks that let every position of a layer attend to the clean past and its own perturbed self (step 3)."""
     attention = model.blocks[layer].attn
     key_name = _key_name(model)
     clean_key, clean_value = cache[f"blocks.{layer}.{key_name}"][row], cache[f"blocks.{layer}.attn.hook_v"][row]

@@ -1,52 +1,84 @@
-"""What all localizers share: the step from sequences to batches, and back to scores."""
+"""What all localizers share: the way from sequences to batches, and back to scores."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.checks import check_first_layer
+from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
 from memloc_lens.memory import in_chunks, rows_at_once
-from memloc_lens.sequence import MemorizedSequence, equal_length_batches
+from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, equal_length_batches
 
-ScoreBatch = Callable[[HookedTransformer, Int[Tensor, "batch pos"], int], Float[Tensor, "batch layer neuron"]]
+ScoreBatch = Callable[[HookedTransformer, Batch], Float[Tensor, "row layer *unit"]]
+
+
+class Localizer(Protocol):
+    """A method that scores how responsible every component is for the memorization of a sequence.
+
+    Every localizer of the package is a frozen dataclass: its fields are its settings. Fields with the names
+    `first_layer` and `component` are set by the benchmarks.
+    """
+
+    name: ClassVar[str]
+    """Of the method on the command line and in records."""
+
+    def __call__(
+        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence], /
+    ) -> Float[Tensor, "*sequence layer unit"]:
+        """Return scores [layer, *unit] of one sequence, or [sequence, layer, *unit] of a list."""
+        ...
 
 
 def score(
     model: HookedTransformer,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     score_batch: ScoreBatch,
+    component: Component = NEURONS,
+    *,
+    first_layer: int = 0,
     graph_layers: int = 0,
     rows_each: int = 1,
-) -> Float[Tensor, "*sequence layer neuron"]:
+    parameters: int = 0,
+) -> Float[Tensor, "..."]:
     """Score one sequence, or many: sequences of equal length go through `score_batch` together.
 
     Args:
         model: left exactly as found.
-        sequences: one sequence gives [layer, neuron], a list gives [sequence, layer, neuron].
-        score_batch: takes the model, equally long rows of tokens and their prompt length.
-        graph_layers: layers that it runs with a graph for a backward pass.
+        sequences: one sequence gives [layer, *unit], a list gives [sequence, layer, *unit].
+        score_batch: scores the rows of a batch.
+        component: kind that the scores are about.
+        first_layer: of the method; checked against the model.
+        graph_layers: layers that the method runs with a graph for a backward pass.
         rows_each: copies of a sequence that it runs at once.
+        parameters: that it trains for each sequence.
+
+    Returns:
+        Scores in float32, on the model's device.
 
     Raises:
-        ValueError: if the list is empty, or the model cannot read a sequence.
+        ValueError: if the list is empty, the model cannot read a sequence, or it has no layer `first_layer`.
     """
-    many = [sequences] if isinstance(sequences, MemorizedSequence) else list(sequences)
-    if not many:
-        raise ValueError("no sequence to localize was given")
-    for sequence in many:
-        sequence.check_fits(model)
+    listed = check_sequences(model, sequences)
+    check_first_layer(first_layer, model.cfg.n_layers)
     device = torch.device(model.cfg.device)
 
-    def score_group(tokens: Int[Tensor, "group pos"], prompt_len: int) -> Float[Tensor, "group layer neuron"]:
-        length = tokens.shape[1]
-        size = max(1, rows_at_once(model, length, length - prompt_len, graph_layers) // rows_each)
-        return torch.cat(in_chunks(tokens, size, lambda some: score_batch(model, some.to(device), prompt_len)))
+    def score_group(group: Batch) -> Float[Tensor, "row layer *unit"]:
+        rows = rows_at_once(model, group.length, group.suffix_len, graph_layers, parameters)
+        return torch.cat(
+            in_chunks(
+                group.tokens,
+                max(1, rows // rows_each),
+                lambda tokens: score_batch(model, Batch(tokens.to(device), group.prompt_len)),
+            )
+        )
 
-    scores = torch.zeros(len(many), model.cfg.n_layers, model.cfg.d_mlp, device=device)
+    scores = torch.zeros(len(listed), *component.shape(model), device=device)
     with frozen(model):
-        for places, tokens, prompt_len in equal_length_batches(many, len(many)):
-            scores[places] = score_group(tokens, prompt_len).float()
+        for indices, group in equal_length_batches(listed, len(listed)):
+            scores[indices] = score_group(group).float()
     return scores[0] if isinstance(sequences, MemorizedSequence) else scores

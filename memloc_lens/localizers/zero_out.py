@@ -1,24 +1,26 @@
-"""ZeroOut: how much the suffix loss rises when one neuron is switched off at every position.
+"""ZeroOut: how much the suffix loss rises when one component is zeroed at every position.
 
 Chang et al. (2024), sec. 4.1. Exact leave-one-out over all neurons, without a full forward pass for each:
 
 1. One clean pass keeps each layer's activations and residual stream.
 2. Zeroing neuron i of layer l subtracts the rank-one term post[:, i] (x) W_out[i] from the residual stream after
-   layer l and changes nothing before it, so a batch of perturbed streams is written down directly.
+   layer l and changes nothing before it, so a batch of perturbed streams is computed directly.
 3. The batch runs through the later layers only, and is unembedded at the target positions only.
 4. After the last layer the unembedding is linear but for the scale of the final norm: a neuron's row of `W_out` is
-   unembedded once, and the logits of all positions are written down from it.
+   unembedded once, and the logits of all positions follow from it.
 
-Where a norm stands between an MLP and the residual stream (Gemma 2, OLMo 2), the term of step 2 is no longer
-rank one: layer l is then run too, with the neuron masked.
+Where a norm follows the MLP (Gemma 2, OLMo 2), the term of step 2 is no longer rank one: layer l then runs too, with
+the neuron zeroed. Attention heads are few: for each, layer l and the later ones run with the head zeroed.
 
-With `candidates` below 1, one backward pass first estimates every rise from the gradient, and only the share of
-each layer's neurons with the highest estimates is scored exactly.
+With `candidates` below 1, one backward pass first estimates every rise from the gradient, and only the share of each
+layer's components with the highest estimates is scored exactly.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import prod
+from typing import ClassVar
 
 import torch
 from einops import rearrange
@@ -28,97 +30,124 @@ from torch.nn.functional import cross_entropy
 from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.components import LayerNorm, RMSNorm
 
-from memloc_lens.ablation import mask, post
+from memloc_lens.checks import check_model, check_number
+from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, post, top_components
 from memloc_lens.forward import final_residual, norm_after_mlp, run_layers, target_loss
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
-from memloc_lens.neurons import top_neurons
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.sequence import Batch, MemorizedSequence
 
 
 @dataclass(frozen=True)
 class ZeroOut:
-    """Exact rise of the suffix loss, in nats, when a neuron alone is zeroed at every position.
+    """Exact rise of the suffix loss, in nats, when one component alone is zeroed at every position.
 
     Args:
-        first_layer: layers before it are not perturbed, and score 0.
-        candidates: share of each layer's neurons to score; 1 scores all. The rest, which the gradient ranks lower,
-            share the lowest score of their layer.
+        first_layer: Layers before it are not perturbed, and score 0.
+        candidates: Share of each layer's components to score, in (0, 1]. The rest, which the gradient ranks lower,
+            get the lowest score of their layer.
+        component: Kind of component to score: neuron or head. Single weights are too many to zero one by one.
+
+    Example:
+        >>> ZeroOut(candidates=0.01)(model, sequence).shape
+        torch.Size([6, 768])
     """
 
+    name: ClassVar[str] = "zero-out"
     first_layer: int = 0
     candidates: float = 1.0
+    component: ComponentName = "neuron"
+
+    def __post_init__(self) -> None:
+        check_number("first_layer", self.first_layer, least=0, whole=True)
+        check_number("candidates", self.candidates, above=0, most=1)
+        if component_of(self.component) not in (NEURONS, HEADS):
+            raise ValueError(f"ZeroOut has no exact form for every {self.component}; it scores neurons and heads")
 
     def __call__(
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
-    ) -> Float[Tensor, "*sequence layer neuron"]:
-        """Rises of the loss in nats, [layer, neuron], or [sequence, layer, neuron] for a list.
+    ) -> Float[Tensor, "..."]:
+        """Return rises of the loss in nats: [layer, *unit], or [sequence, layer, *unit] for a list.
 
         Raises:
-            ValueError: if `candidates` is outside (0, 1], or takes no neuron.
+            ValueError: if `candidates` takes no component of a layer.
         """
-        assert model.cfg.d_mlp is not None
-        graph_layers = model.cfg.n_layers if self.candidates < 1 else 0
-        return score(model, sequences, self._score_batch, graph_layers, rows_each=model.cfg.d_mlp)
+        check_model(model)
+        component = component_of(self.component)
+        return score(
+            model,
+            sequences,
+            self._score_batch,
+            component,
+            first_layer=self.first_layer,
+            graph_layers=model.cfg.n_layers if self.candidates < 1 else 0,
+            rows_each=prod(component.shape(model)[1:]),
+        )
 
     @torch.no_grad()
-    def _score_batch(
-        self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
-    ) -> Float[Tensor, "batch layer neuron"]:
+    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
         residual, cache = model.run_with_cache(
-            tokens,
+            batch.tokens,
             stop_at_layer=model.cfg.n_layers,
             names_filter=lambda name: name.endswith(("mlp.hook_post", "hook_resid_pre", "hook_resid_post")),
         )
-        clean_loss = target_loss(model, residual[:, prompt_len - 1 : -1], tokens, prompt_len)
-        chosen = self._candidates(model, tokens, prompt_len)
-        size = rows_at_once(model, tokens.shape[1], tokens.shape[1] - prompt_len)
-        scores = torch.zeros(chosen.shape, device=tokens.device)
+        clean_loss = target_loss(model, residual[:, batch.targets], batch)
+        losses_without = _losses_without_head if self.component == "head" else _losses_without_neuron
+        chosen = self._candidates(model, batch)
+        size = rows_at_once(model, batch.length, batch.suffix_len)
+        scores = torch.zeros(chosen.shape, device=batch.tokens.device)
         for layer in range(self.first_layer, model.cfg.n_layers):
-            pairs = chosen[:, layer].nonzero()
-            losses = in_chunks(pairs, size, partial(_losses_without, model, cache, layer, tokens, prompt_len))
-            row, neuron = pairs.unbind(dim=1)
+            pairs = chosen[:, layer].nonzero()  # [pair, 2]: a row of the batch, and a component
+            losses = in_chunks(pairs, size, partial(losses_without, model, cache, layer, batch))
+            row, unit = pairs.unbind(dim=1)
             rises = torch.cat(losses) - clean_loss[row]
             scores[:, layer] = rises.min() if self.candidates < 1 else 0.0
-            scores[row, layer, neuron] = rises
+            scores[row, layer, unit] = rises
         return scores
 
-    def _candidates(
-        self, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
-    ) -> Bool[Tensor, "batch layer neuron"]:
+    def _candidates(self, model: HookedTransformer, batch: Batch) -> Bool[Tensor, "row layer unit"]:
+        component = component_of(self.component)
         if self.candidates == 1:
-            shape = (len(tokens), model.cfg.n_layers, model.cfg.d_mlp)
-            return torch.ones(shape, dtype=torch.bool, device=tokens.device)
-        estimates = estimated_rises(model, tokens, prompt_len)
-        return torch.stack([top_neurons(each, self.candidates, rounding="nearest").members for each in estimates])
+            shape = (len(batch), *component.shape(model))
+            return torch.ones(shape, dtype=torch.bool, device=batch.tokens.device)
+        estimates = estimated_rises(model, batch, component)
+        top = (top_components(of_row, self.candidates, rounding="nearest", component=component) for of_row in estimates)
+        return torch.stack([chosen.members for chosen in top])
 
 
 def estimated_rises(
-    model: HookedTransformer, tokens: Int[Tensor, "batch pos"], prompt_len: int
-) -> Float[Tensor, "batch layer neuron"]:
-    """The rises that ZeroOut measures, to first order: minus the gradient of the loss by a mask of ones, in nats."""
-    ones = torch.ones(len(tokens), model.cfg.n_layers, model.cfg.d_mlp, device=tokens.device, requires_grad=True)
-    with torch.enable_grad(), mask(model, ones):
-        losses = target_loss(model, final_residual(model, tokens, prompt_len), tokens, prompt_len)
+    model: HookedTransformer, batch: Batch, component: Component = NEURONS
+) -> Float[Tensor, "row layer *unit"]:
+    """Estimate the rises that ZeroOut measures, to first order: minus the gradient of the loss by a mask of ones."""
+    shape = (len(batch), *component.shape(model))
+    ones = torch.ones(shape, device=batch.tokens.device, requires_grad=True)
+    with torch.enable_grad(), component.masked(model, ones):
+        losses = target_loss(model, final_residual(model, batch), batch)
         (gradient,) = torch.autograd.grad(losses.sum(), ones)
     return -gradient
 
 
-def _losses_without(
-    model: HookedTransformer,
-    cache: ActivationCache,
-    layer: int,
-    tokens: Int[Tensor, "batch pos"],
-    prompt_len: int,
-    pairs: Int[Tensor, "pair 2"],
+def _losses_without_head(
+    model: HookedTransformer, cache: ActivationCache, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
 ) -> Float[Tensor, " pair"]:
-    """The suffix losses with one neuron of `layer` zeroed; a pair is a row of the batch and the neuron."""
+    """Return the suffix losses with one head of `layer` zeroed in each pair's row."""
+    row, head = pairs.unbind(dim=1)
+    kept = HEADS.aligned(head[:, None] != torch.arange(model.cfg.n_heads, device=head.device))
+    with HEADS.edited(model, {layer: lambda outputs: outputs * kept.to(outputs)}):
+        residuals = run_layers(model, cache["resid_pre", layer][row], layer, batch.prompt_len)
+    return target_loss(model, residuals, batch[row])
+
+
+def _losses_without_neuron(
+    model: HookedTransformer, cache: ActivationCache, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
+) -> Float[Tensor, " pair"]:
+    """Return the suffix losses with one neuron of `layer` zeroed in each pair's row."""
     row, neuron = pairs.unbind(dim=1)
     if layer == model.cfg.n_layers - 1 and _has_plain_end(model):
-        return _losses_without_last(model, cache, tokens, prompt_len, row, neuron)
+        return _losses_without_last(model, cache, batch, row, neuron)
     residuals = _residuals_without(model, cache, layer, row, neuron)
-    residuals = run_layers(model, residuals, layer + 1, prompt_len)
-    return target_loss(model, residuals, tokens[row], prompt_len)
+    residuals = run_layers(model, residuals, layer + 1, batch.prompt_len)
+    return target_loss(model, residuals, batch[row])
 
 
 def _residuals_without(
@@ -128,7 +157,7 @@ def _residuals_without(
     row: Int[Tensor, " pair"],
     neuron: Int[Tensor, " pair"],
 ) -> Float[Tensor, "pair pos d_model"]:
-    """The residual stream after `layer` of each pair's row with its neuron zeroed."""
+    """Return the residual stream after `layer` of each pair's row with its neuron zeroed."""
     if norm_after_mlp(model):
         return _residuals_by_masking(model, cache, layer, row, neuron)
     activations = cache[post(layer)][row, :, neuron].unsqueeze(-1)
@@ -143,15 +172,15 @@ def _residuals_by_masking(
     row: Int[Tensor, " pair"],
     neuron: Int[Tensor, " pair"],
 ) -> Float[Tensor, "pair pos d_model"]:
-    def zero_one_each(activations: Float[Tensor, "pair pos d_mlp"], hook: object) -> Float[Tensor, "pair pos d_mlp"]:
+    def without(activations: Float[Tensor, "pair pos neuron"]) -> Float[Tensor, "pair pos neuron"]:
         return activations.scatter(2, neuron[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
 
-    with model.hooks(fwd_hooks=[(post(layer), zero_one_each)]):
+    with NEURONS.edited(model, {layer: without}):
         return model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=layer + 1)
 
 
 def _has_plain_end(model: HookedTransformer) -> bool:
-    """Whether the last MLP adds to the residual stream, of which the logits are linear but for the norm's scale."""
+    """Tell whether the last MLP adds to the residual stream, and logits are linear in it but for the norm's scale."""
     return (
         isinstance(model.ln_final, LayerNorm | RMSNorm)
         and not norm_after_mlp(model)
@@ -163,24 +192,24 @@ def _has_plain_end(model: HookedTransformer) -> bool:
 def _losses_without_last(
     model: HookedTransformer,
     cache: ActivationCache,
-    tokens: Int[Tensor, "batch pos"],
-    prompt_len: int,
+    batch: Batch,
     row: Int[Tensor, " pair"],
     neuron: Int[Tensor, " pair"],
 ) -> Float[Tensor, " pair"]:
-    """The suffix losses with one neuron of the last layer zeroed, without a product for each position of each pair."""
-    norm, layer, targets = model.ln_final, model.cfg.n_layers - 1, slice(prompt_len - 1, -1)
+    """Return the suffix losses with one neuron of the last layer zeroed, with one product a neuron, not a position."""
+    norm, layer = model.ln_final, model.cfg.n_layers - 1
 
     def centred(stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         return stream - stream.mean(dim=-1, keepdim=True) if isinstance(norm, LayerNorm) else stream
 
-    clean, written = centred(cache["resid_post", layer][:, targets]), centred(model.blocks[layer].mlp.W_out[neuron])
-    activation = cache[post(layer)][row, targets, neuron].unsqueeze(-1)
+    clean = centred(cache["resid_post", layer][:, batch.targets])  # [row, target, d_model]
+    written = centred(model.blocks[layer].mlp.W_out[neuron])  # [pair, d_model]
+    activation = cache[post(layer)][row, batch.targets, neuron].unsqueeze(-1)  # [pair, target, 1]
     scale = ((clean[row] - activation * written.unsqueeze(1)).square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
     clean_logits, written_logits = ((stream * norm.w) @ model.unembed.W_U for stream in (clean, written))
     constant = model.unembed.b_U + (norm.b @ model.unembed.W_U if isinstance(norm, LayerNorm) else 0)
     losses = []
-    for place, gold in enumerate(tokens[:, prompt_len:].T):
-        logits = torch.addcmul(clean_logits[row, place], activation[:, place], written_logits, value=-1)
-        losses.append(cross_entropy(logits.div_(scale[:, place]).add_(constant), gold[row], reduction="none"))
+    for index, true in enumerate(batch.suffix.T):
+        logits = torch.addcmul(clean_logits[row, index], activation[:, index], written_logits, value=-1)
+        losses.append(cross_entropy(logits.div_(scale[:, index]).add_(constant), true[row], reduction="none"))
     return torch.stack(losses).mean(dim=0).float()

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate
-from memloc_lens.neurons import Neurons
+from memloc_lens.components import Neurons
 from memloc_lens.sequence import MemorizedSequence, decode
 
 SAFE = "\ue000"  # of the private use area: stands for "<", which would end the script that the page is made by

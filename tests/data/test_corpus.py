@@ -2,12 +2,12 @@ import pytest
 import torch
 from datasets import Dataset
 
-from memloc_lens.data import files
+from memloc_lens.data import readers
 from memloc_lens.data.corpus import read_corpus, windows_of
 
 
 def documents(*sources, **options):
-    return [(each.content, each.category) for each in read_corpus(sources, **options)]
+    return [(document.content, document.category) for document in read_corpus(sources, **options)]
 
 
 def test_folders_are_read_in_order_with_categories(tmp_path):
@@ -39,7 +39,7 @@ def test_a_data_set_on_the_hub_is_streamed(monkeypatch):
         assert (name, streaming) == ("owner/name", True)
         return Dataset.from_list([{"text": split}]).to_iterable_dataset()
 
-    monkeypatch.setattr(files, "load_dataset", load)
+    monkeypatch.setattr(readers, "load_dataset", load)
     assert documents("owner/name", "owner/name:held.out") == [("train", ()), ("held.out", ())]
 
 
@@ -59,23 +59,29 @@ def test_what_is_no_corpus(tmp_path):
     with pytest.raises(ValueError, match="no corpus at"):
         documents(tmp_path / "none")
     (tmp_path / "a.jsonl").write_text('{"txt": "one"}\n')
-    for source in (tmp_path, tmp_path / "a.jsonl"):
-        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: no field 'text'"):
+    for source in (tmp_path / "a.jsonl", tmp_path):
+        with pytest.raises(ValueError, match=r"a\.jsonl, line 1: neither 'tokens' nor a text; .* the row has txt"):
             documents(source)
+    with pytest.raises(ValueError, match="to leave the file out, choose files with names"):
+        documents(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"tokens": ["a"]}', r"a\.jsonl, line 1: "),
-        ('{"tokens": null}', r"a\.jsonl, line 1: "),
-        ('{"tokens": 5}', r"a\.jsonl, line 1: tokens have the shape \[\]"),
-        ('{"text": "one", "category": [1]}', r"a\.jsonl, line 1: category is \[1\]; it must be a list of strings"),
+        ('{"tokens": ["a"]}', "'a' is no token id"),
+        ('{"tokens": [1.5, 2]}', "1.5 is no token id"),
+        ('{"tokens": [1, true]}', "True is no token id"),
+        ('{"tokens": [[1, 2]]}', r"\[1, 2\] is no token id"),
+        ('{"tokens": null}', "neither 'tokens' nor a text; .* the row has no field"),
+        ('{"tokens": 5}', "tokens is 5; it must be a list"),
+        ('{"text": "one", "category": [1]}', r"category is \[1\]; it must be a list of strings"),
+        ('{"text": "half \\ud83d of it"}', ".* half of a character, at character 5"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, message):
     (tmp_path / "a.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line 1: {message}"):
         documents(tmp_path / "a.jsonl")
 
 

@@ -1,8 +1,14 @@
+import gzip
 import json
 
+import numpy as np
 import pytest
+import torch
+from conftest import VOCAB
+from datasets import Dataset
 
-from memloc_lens.data import load_sequences, load_texts
+from memloc_lens.data import load_definitions, load_sequences, load_texts, readers
+from memloc_lens.data.corpus import read_corpus
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced, text_distance
 
 TEXT = "Return the number of items in the list, or raise an error if there are none."
@@ -30,7 +36,30 @@ def test_splits(gpt2, tmp_path):
     rows = [json.dumps({"tokens": [1, 2], "prompt_len": 1, "id": name, "split": name}) for name in ("dev", "control")]
     path = write(tmp_path / "data.jsonl", *rows)
     assert [sequence.id for sequence in load_sequences(gpt2, path, split="control")] == ["control"]
-    assert load_sequences(gpt2, path) == []
+    assert load_sequences(gpt2, path, split="partial") == load_sequences(gpt2, path, split="guessable") == []
+
+
+def test_a_split_that_is_missing_is_refused(embedded, gpt2, tmp_path):
+    rows = [json.dumps({"tokens": [1, 2], "prompt_len": 1, "split": name}) for name in ("train", "dev")]
+    path = write(tmp_path / "data.jsonl", *rows)
+    for split in ("test", "tset"):
+        with pytest.raises(ValueError, match=rf"data\.jsonl has no split '{split}'; it has dev, train"):
+            load_sequences(gpt2, path, split)
+    with pytest.raises(ValueError, match="has no split 'tset'; it has control, dev, partial, test"):
+        load_sequences(embedded, split="tset")
+    torch.save(torch.ones((4, 40), dtype=torch.long), tmp_path / "data.pt")
+    with pytest.raises(ValueError, match=r"data\.pt has no split 'test'; it has dev"):
+        load_sequences(gpt2, tmp_path / "data.pt")
+    for split in ("test", "control"):
+        with pytest.raises(ValueError, match=r"empty\.jsonl has no rows"):
+            load_sequences(gpt2, write(tmp_path / "empty.jsonl", ""), split)
+
+
+def test_ids_must_differ(gpt2, tmp_path):
+    rows = [json.dumps({"tokens": [1, 2], "prompt_len": 1, "id": "same", "split": name}) for name in ("dev", "test")]
+    path = write(tmp_path / "data.jsonl", *rows)
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 1 and .*data\.jsonl, line 2 share an id, 'same'"):
+        load_sequences(gpt2, path)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +72,16 @@ def test_splits(gpt2, tmp_path):
         ('{"all": "Return the items", "prompt_len": 99}', "prompt_len must be between"),
         ('{"all": "", "prompt_len": 1}', "is empty"),
         ('{"all": "Return the items", "prompt_len": 1, "category": 3}', "category is 3; it must be a list of strings"),
-        ('{"prompt_len": 1}', "neither a text 'all' nor 'tokens'"),
+        ('{"prompt_len": 1}', "neither 'tokens' nor a text; give a string as all,"),
         ('{"prompt": "Raise", "all": "Return the items", "prompt_len": 1}', "does not start with 'prompt'"),
         ('{"tokens": [1, 5000], "prompt_len": 1}', "the model knows 0 to 4095"),
-        ('{"tokens": ["a", "b"], "prompt_len": 1}', "tokens"),
+        ('{"prompt": 5, "all": "Return the items", "prompt_len": 1}', "prompt is 5; it must be a string"),
+        ('{"prompt": "Return the", "all": "Return the items", "prompt_len": 1}', "'prompt' has 2 of this model's"),
+        ('{"tokens": ["a", "b"], "prompt_len": 1}', "'a' is no token id"),
+        ('{"tokens": [1.5, 2], "prompt_len": 1}', "1.5 is no token id"),
+        ('{"tokens": [1, true], "prompt_len": 1}', "True is no token id"),
+        ('{"tokens": [], "prompt_len": 1}', "a sequence is one row of at least 2"),
+        (json.dumps({"tokens": [10**30, 1], "prompt_len": 1}), "verflow"),
         (json.dumps({"tokens": [1] * 129, "prompt_len": 1}), "reads at most 128"),
     ],
 )
@@ -54,12 +89,16 @@ def test_a_bad_line_is_named(embedded, tmp_path, line, reason):
     path = write(tmp_path / "data.jsonl", json.dumps({"all": TEXT, "prompt_len": 2}), line)
     with pytest.raises(ValueError, match=r"data\.jsonl, line 2: ") as error:
         load_sequences(embedded, path)
-    assert reason in str(error.value) or (reason == "tokens" and "str" in str(error.value))
+    assert reason in str(error.value)
 
 
 def test_files_that_cannot_be_read(embedded, gpt2, tmp_path):
-    with pytest.raises(ValueError, match="cannot be read: No such file"):
+    with pytest.raises(ValueError, match=r"no sequences at '.*none\.jsonl': give a file \(\.csv, \.json, "):
         load_sequences(embedded, tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"a\.txt is plain text, which has no prompt_len"):
+        load_sequences(embedded, write(tmp_path / "a.txt", TEXT))
+    with pytest.raises(ValueError, match="a folder with 0 pairs"):
+        load_sequences(embedded, tmp_path)
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="not a text file in UTF-8"):
         load_sequences(embedded, tmp_path / "binary.jsonl")
@@ -70,7 +109,7 @@ def test_files_that_cannot_be_read(embedded, gpt2, tmp_path):
 def test_texts(tmp_path):
     assert load_texts(write(tmp_path / "a.txt", "one", "two")) == ["one\ntwo\n"]
     assert load_texts(write(tmp_path / "a.jsonl", '{"text": "one"}', '{"text": "two"}')) == ["one", "two"]
-    with pytest.raises(ValueError, match=r"line 1: no field 'text'"):
+    with pytest.raises(ValueError, match=r"line 1: no text; give a string as all, .* the row has txt"):
         load_texts(write(tmp_path / "b.jsonl", '{"txt": "one"}'))
 
 
@@ -90,6 +129,110 @@ def test_the_embedded_sequences_are_distinct(embedded):
     """No two share more than 5% of their 5-grams."""
     sequences = [s for split in ("dev", "test", "control") for s in load_sequences(embedded, split=split)]
     grams = [{tuple(s.tokens[i : i + 5].tolist()) for i in range(76)} for s in sequences]
-    for place, one in enumerate(grams):
-        for other in grams[:place]:
+    for index, one in enumerate(grams):
+        for other in grams[:index]:
             assert len(one & other) / len(one | other) <= 0.05
+
+
+ROWS = [{"all": TEXT, "prompt_len": 2, "id": "a"}, {"all": "Raise\u2028an error.", "prompt_len": 1, "id": "b"}]
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+FORMATS = {
+    "a.jsonl": LINES.encode(),
+    "windows.jsonl": LINES.replace("\n", "\r\n").encode("utf-8-sig"),
+    "A.JSONL": LINES.encode(),
+    "a.ndjson": LINES.encode(),
+    "a.jsonl.gz": gzip.compress(LINES.encode()),
+    "lines.json": LINES.encode(),
+    "list.json": json.dumps(ROWS, indent=1).encode(),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_of_texts_means_the_same_to_every_reader(embedded, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FORMATS[name])
+    assert_same_texts(embedded, path)
+
+
+def test_a_data_set_on_the_hub_means_the_same_to_every_reader(embedded, monkeypatch):
+    monkeypatch.setattr(readers, "load_dataset", lambda name, split, streaming: Dataset.from_list(ROWS))
+    assert_same_texts(embedded, "owner/name:test")
+
+
+def assert_same_texts(model, source) -> None:
+    texts = [row["all"] for row in ROWS]
+    sequences, definitions = load_sequences(model, source), load_definitions(model, source)
+    assert [sequence.text(model) for sequence in sequences] == texts
+    assert [sequence.text(model) for sequence in definitions] == texts
+    assert [sequence.id for sequence in sequences] == [sequence.id for sequence in definitions] == ["a", "b"]
+    assert load_texts(source) == texts
+    assert [document.content for document in read_corpus([source])] == texts
+
+
+TOKENS = np.arange(6 * 40).reshape(6, 40) % VOCAB
+
+
+def save_tokens(folder, name: str) -> None:
+    if name == "a.pt":
+        torch.save(torch.tensor(TOKENS), folder / name)
+    elif name == "a.csv":
+        np.savetxt(folder / name, TOKENS, fmt="%d", delimiter=",")
+    elif name == "a.npy":
+        np.save(folder / name, TOKENS.astype(np.uint16))
+    else:
+        np.save(folder / "a_prefix.npy", TOKENS[:, :10].astype(np.uint16))
+        np.save(folder / "a_suffix.npy", TOKENS[:, 10:].astype(np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt_len", "dev"),
+    [
+        ("a.pt", 32, 5),
+        ("a.csv", 32, 0),
+        ("a.npy", 32, 0),
+        ("a_prefix.npy", 10, 0),
+        ("a_suffix.npy", 10, 0),
+        ("", 10, 0),
+    ],
+)
+def test_a_file_of_tokens_means_the_same_to_every_reader(gpt2, tmp_path, name, prompt_len, dev):
+    save_tokens(tmp_path, name)
+    for load in (load_sequences, load_definitions):
+        assert [sequence.tokens.tolist() for sequence in load(gpt2, tmp_path / name)] == TOKENS[dev:].tolist()
+    assert load_sequences(gpt2, tmp_path / name)[0].prompt_len == prompt_len
+    assert len(load_sequences(gpt2, tmp_path / name, split="dev")) == dev
+    file = tmp_path / (name or "a_prefix.npy")
+    assert [document.content for document in read_corpus([file])] == TOKENS.tolist()
+    with pytest.raises(ValueError, match=r"(row|line) 1: no text"):
+        load_texts(file)
+
+
+def test_a_new_format_is_a_function_and_a_line(gpt2, tmp_path, monkeypatch):
+    def words(path):
+        yield readers.Row(where=f"{path}, row 1", number=1, id="x", tokens=[1, 2, 3], prompt_len=2)
+
+    monkeypatch.setitem(readers.READERS, ".words", words)
+    path = write(tmp_path / "a.words", "one two three")
+    assert load_sequences(gpt2, path)[0].tokens.tolist() == load_definitions(gpt2, path)[0].tokens.tolist() == [1, 2, 3]
+    assert [document.content for document in read_corpus([tmp_path])] == [[1, 2, 3]]
+    assert not readers.is_hub_name("folder/a.words")
+
+
+@pytest.mark.parametrize(
+    ("source", "is_name"),
+    [
+        ("owner/name", True),
+        ("owner/name:split.jsonl", True),
+        ("owner/name.v2:train", True),
+        ("name", False),
+        ("a/b/c", False),
+        ("/owner", False),
+        ("./name", False),
+        ("~/name", False),
+        ("folder/a.jsonl", False),
+        ("folder/a.TXT", False),
+        ("folder/a.npy", False),
+    ],
+)
+def test_names_on_the_hub(source, is_name):
+    assert readers.is_hub_name(source) is is_name

@@ -1,14 +1,17 @@
-"""Malformed files of every format: each gives one line that names the file, the place in it, and the reason."""
+"""Malformed files of every format: each gives one line that names the file, the line or row, and the reason."""
 
+import gzip
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import VOCAB
 from datasets import Dataset
 
-from memloc_lens.data import files, load_definitions, load_sequences
+from memloc_lens.data import load_definitions, load_sequences, readers
+from memloc_lens.data.corpus import read_corpus
 
 TEXT = "Return the number of items in the list, or raise an error if there are none."
 GOOD = json.dumps({"prompt": TEXT[:10], "all": TEXT, "prompt_len": 2, "category": ["docs"]})
@@ -31,8 +34,12 @@ def lines(*rows: str) -> bytes:
         (lines(GOOD, GOOD[:-9]), "line 2: not JSON"),
         (lines(GOOD, f"[{GOOD}]"), "line 2: a list where an object"),
         (lines(GOOD, '{"all": "Return the items"}'), "line 2: prompt_len is None"),
-        (lines('{"prompt": "x", "all": "Return the items", "prompt_len": 1}'), "line 1: the text 'all' does not start"),
+        (
+            lines('{"prompt": "x", "all": "Return the items", "prompt_len": 1}'),
+            "line 1: the text does not start with 'prompt'",
+        ),
         (lines(GOOD, "", '{"all": "Return the items", "prompt_len": 99}'), "line 3: .* prompt_len must be between"),
+        (lines(GOOD, '{"all": "Return", "prompt_len": ' + "9" * 5000 + "}"), "line 2: JSON that cannot be read"),
         (lines(GOOD).replace(b"Return", b"\xff\xfe"), "is not a text file in UTF-8"),
     ],
 )
@@ -58,16 +65,50 @@ def test_pythia_tensors(gpt2, tmp_path, capsys):
     refused(rows[:, :32], "row 1: .* prompt_len 32 and 32 tokens")
     refused(torch.where(torch.arange(7)[:, None] == 3, VOCAB, rows), f"row 4: .* the model knows 0 to {VOCAB - 1}")
     assert "this must not run" not in capsys.readouterr().out
-    assert_one_line(lambda: load_sequences(gpt2, tmp_path / "none.pt"), "none.pt", "cannot be read: No such file")
+    assert_one_line(lambda: load_sequences(gpt2, tmp_path / "none.pt"), "none.pt", "no sequences at")
+
+
+def test_token_arrays(gpt2, tmp_path):
+    def refused(message, name="a.npy", **arrays):
+        for stem, array in arrays.items():
+            np.save(tmp_path / f"{stem}.npy", array)
+        assert_one_line(lambda: load_sequences(gpt2, tmp_path / name), "a", message)
+
+    rows = np.ones((3, 40), dtype=np.int64)
+    refused(r"a\.npy holds a tensor torch.float32 \[3, 40\]", a=rows.astype(np.float32))
+    refused(r"a\.npy holds a tensor torch.bool", a=rows > 0)
+    refused(r"a\.npy is not an array of numbers that numpy.save wrote", a=rows.astype(str))
+    (tmp_path / "a.npy").write_bytes(b"none")
+    refused(r"a\.npy is not an array of numbers that numpy.save wrote")
+    refused(r"a_suffix\.npy cannot be read: No such file", "a_prefix.npy", a_prefix=rows)
+    refused("a_prefix.npy has 3 rows and .*a_suffix.npy has 2", "a_prefix.npy", a_suffix=rows[:2])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"1" + b",2" * 40 + b"\n\n1,x\n", "line 3: '1,x' is not a line of token ids"),
+        ("a.csv", b"1,2.5\n", "line 1: '1,2.5' is not a line of token ids"),
+        ("a.json", b'[{"all": "x y",\n "prompt_len" 1}]', "line 2: not JSON"),
+        ("a.json", b"[3]", "row 1: a int where an object"),
+        ("a.jsonl.gz", b"none", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "a.jsonl.gz cannot be read: Compressed file ended"),
+        ("a.parquet", b"PAR1\xff", r"a\.parquet .* plain text"),
+    ],
+)
+def test_other_formats(embedded, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert_one_line(lambda: load_sequences(embedded, tmp_path / name), name, message)
+    assert_one_line(lambda: list(read_corpus([tmp_path / name])), name, r"a\.(csv|json)|is not a text file in UTF-8: ")
 
 
 def test_memorized_evals(gpt2, monkeypatch):
     def refused(rows, message):
-        monkeypatch.setattr(files, "load_dataset", lambda name, split, streaming: Dataset.from_list(rows))
+        monkeypatch.setattr(readers, "load_dataset", lambda name, split, streaming: Dataset.from_list(rows))
         name = "EleutherAI/pythia-memorized-evals:duped.70m"
         assert_one_line(lambda: load_sequences(gpt2, name), name, message)
 
-    refused([{"index": 3, "text": "a"}], "row 1: no column 'tokens', only index, text")
+    refused([{"index": 3, "text": "a"}], "row 1: prompt_len is None")
     refused(
         [{"index": 3, "tokens": [1] * 40}, {"index": 4, "tokens": [1] * 20}], "row 2: .* prompt_len must be between"
     )
@@ -77,7 +118,7 @@ def test_memorized_evals(gpt2, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"title": "A"}', "line 2: no field 'definition'"),
+        ('{"title": "A"}', "line 2: neither 'tokens' nor a text; .* the row has title"),
         ('{"definition": ""}', "line 2: the text .* is empty"),
         ('{"definition": "A thing', "line 2: not JSON"),
     ],

@@ -18,6 +18,7 @@ from memloc_lens import (
     ZeroOut,
     top_neurons,
 )
+from memloc_lens.sequence import Batch
 from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without, estimated_rises
 
 
@@ -146,7 +147,7 @@ def test_masks_of_a_model_with_a_norm_after_the_mlp(gpt2, sequence, localizer, f
 
 def test_estimated_rises_are_slopes_of_the_loss(any_model, sequence):
     """Central differences of the loss by the activation of one neuron at every position."""
-    estimates = estimated_rises(any_model, sequence.tokens[None], sequence.prompt_len)[0]
+    estimates = estimated_rises(any_model, Batch(sequence.tokens[None], sequence.prompt_len))[0]
     for layer, neuron in ((0, 3), (1, 20), (2, 41)):
 
         def loss(factor: float, layer: int = layer, neuron: int = neuron) -> float:
@@ -163,7 +164,7 @@ def test_estimated_rises_are_slopes_of_the_loss(any_model, sequence):
 def test_candidates_are_scored_exactly_and_the_rest_below(any_model, sequence):
     exact = ZeroOut()(any_model, sequence)
     some = ZeroOut(candidates=0.25)(any_model, sequence)
-    estimates = estimated_rises(any_model, sequence.tokens[None], sequence.prompt_len)[0]
+    estimates = estimated_rises(any_model, Batch(sequence.tokens[None], sequence.prompt_len))[0]
     chosen = top_neurons(estimates, 0.25, rounding="nearest").members
     assert torch.allclose(some[chosen], exact[chosen], atol=1e-6)
     for layer, members in zip(some, chosen, strict=True):

@@ -1,3 +1,4 @@
+import inspect
 import json
 import subprocess
 import sys
@@ -5,10 +6,21 @@ import sys
 import pytest
 import torch
 from conftest import ARCHITECTURES, VOCAB, make_original
-from transformers import AutoModelForCausalLM, XGLMConfig, XGLMForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 from memloc_lens import load_model
-from memloc_lens.models import EMBEDDED, load
+from memloc_lens.models import EMBEDDED, check_device, load, prepare
 
 
 @torch.no_grad()
@@ -53,6 +65,16 @@ def test_a_forward_pass_copies_no_weight(folder):
 
 
 @torch.no_grad()
+def test_preparing_a_model_again_changes_nothing(folder):
+    model = load_model(folder, device="cpu")
+    tokens = torch.tensor([[1, 2, 3]])
+    logits, forwards = model(tokens), [vars(module).get("forward") for module in model.modules()]
+    prepare(model)
+    assert torch.equal(model(tokens), logits)
+    assert forwards == [vars(module).get("forward") for module in model.modules()]
+
+
+@torch.no_grad()
 def test_hooks_of_norms_see_what_they_saw(folder):
     """Norms run as one function only while no hook looks inside them."""
     model = load_model(folder, device="cpu", dtype=torch.float64)
@@ -85,7 +107,7 @@ def test_gguf(tmp_path):
     model = load_model(path, device="cpu")
     tokens = torch.randint(VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
     assert torch.allclose(model(tokens, return_type="logits"), original(tokens).logits, atol=1e-4)
-    assert model.tokenizer is not None
+    assert model.tokenizer("!!", add_special_tokens=False)["input_ids"] == [1]
     assert model.cfg.model_name == "small"
 
 
@@ -118,7 +140,7 @@ def write_gguf(gguf, original, path):
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(VOCAB)
-    tokens = ["<|endoftext|>", "!!", *(chr(33 + place) for place in range(VOCAB - 2))]
+    tokens = ["<|endoftext|>", "!!", *(chr(33 + index) for index in range(VOCAB - 2))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, *[1] * (VOCAB - 1)])
@@ -150,6 +172,66 @@ def write_gguf(gguf, original, path):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+@pytest.mark.parametrize("name", [3, b"gpt2", ["gpt2"]])
+def test_a_name_that_is_no_string_is_one_error(name):
+    with pytest.raises(ValueError, match=r"^name is (3|b'gpt2'|\['gpt2'\]); a model is one of: embedded"):
+        unchecked(load_model)(name)
+
+
+def test_a_loaded_model_as_a_name_is_one_error(embedded):
+    with pytest.raises(ValueError, match="name is a HookedTransformer, a loaded model already; pass a name or a path"):
+        unchecked(load_model)(embedded)
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, torch.float8_e4m3fn, torch.complex64, None])
+def test_a_dtype_of_another_kind_is_one_error(dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; it must be one of torch\.float32, .*torch\.float16$"):
+        unchecked(load_model)(dtype=dtype)
+
+
+@pytest.mark.parametrize("device", ["banana", "cuda:x", "", "meta", "xla"])
+def test_an_unknown_device_is_one_error(device):
+    for check in (check_device, lambda device: load_model("no-such-model", device=device)):
+        with pytest.raises(ValueError, match=f"^device is '{device}'; it must be one of cpu, cuda, cuda:0 .*, mps$"):
+            check(device)
+
+
+def test_a_number_as_device_is_one_error():
+    with pytest.raises(ValueError, match=r"^device is '0'; it must be one of cpu"):
+        unchecked(check_device)(0)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", torch.device("cuda", 1)])
+def test_a_device_that_is_not_here_is_one_error(device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as where CUDA_VISIBLE_DEVICES is set without a driver
+    with pytest.raises(ValueError, match=f"'{device}', but there is no CUDA device here; leave out device, or install"):
+        load_model(device=device)
+
+
+def test_devices_that_are_here(monkeypatch):
+    assert check_device("cpu") == check_device(torch.device("cpu")) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert check_device(None) == check_device("cuda") == torch.device("cuda")
+    assert check_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ValueError, match=r"device is 'cuda:2'; the CUDA devices here are cuda:0, cuda:1$"):
+        check_device("cuda:2")
+
+
+def test_mps_where_there_is_none_is_one_error(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device is 'mps', but there is no MPS device here; leave out device"):
+        load_model(device="mps")
+
+
+def unchecked(function):
+    """The function without the suite's type checks, as users call it."""
+    return inspect.unwrap(function)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "weights.gguf", "."])
@@ -187,6 +269,87 @@ def test_pickled_weights_are_refused(tmp_path):
     torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ValueError, match="does not load"):
         load_model(tmp_path)
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:20000])
+
+
+def drop_a_weight(folder):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path, {"format": "pt"})
+
+
+def configure(**settings):
+    def edit(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | settings))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (cut_weights, "incomplete metadata"),
+        (drop_a_weight, r"1 weights are missing or .*model\.layers\.1\.mlp\.up_proj\.weight"),
+        (configure(num_hidden_layers=4), r"9 weights are missing or .* model\.layers\.3"),
+        (configure(intermediate_size=64), r"9 weights are missing or not of the shape in config\.json, .*mlp"),
+        (configure(model_type="none"), "model type `none`"),
+        (configure(hidden_size="wide"), "hidden_size"),
+        (configure(rope_parameters={"rope_type": "none", "rope_theta": 1.0}), "none"),
+        (lambda folder: (folder / "config.json").write_text("{"), "not a valid JSON file"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "line 1"),
+    ],
+)
+def test_a_damaged_folder_is_one_error(tmp_path, damage, named):
+    """transformers gives weights that are missing or of another shape random numbers."""
+    make_original("llama").save_pretrained(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=f"^the folder '{tmp_path}' does not load: .*{named}.*$"):  # in one line
+        load_model(tmp_path)
+
+
+def test_a_damaged_gguf_file_is_one_error(tmp_path):
+    pytest.importorskip("gguf")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF and nothing more")
+    with pytest.raises(ValueError, match=r"the file '.*small\.gguf' does not load: .+$"):
+        load_model(tmp_path / "small.gguf")
+
+
+def test_packed_weights_are_refused():
+    original = make_original("gpt2")
+    original.lm_head.weight = torch.nn.Parameter(original.lm_head.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the weights are quantized \(.* is torch\.int8\)"):
+        load._convert(original, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("template", "first"),
+    [("$A", "<s>"), ("<s> $A", "<s>"), ("$A </s>", "<s>"), ("<s> $A </s>", "<s>"), ("$A", "<s:1>")],
+)
+def test_strings_are_tokenized_as_they_are(tmp_path, template, first):
+    """Whatever the tokenizer adds before or after strings; with `prepend_bos`, its first token comes before them."""
+    make_original("llama").save_pretrained(tmp_path)
+    write_tokenizer(tmp_path, template, first)
+    model = load_model(tmp_path, device="cpu")
+    plain = AutoTokenizer.from_pretrained(tmp_path)("abcab", add_special_tokens=False)["input_ids"]
+    assert plain == [5, 4, 5]
+    assert model.to_tokens("abcab").tolist() == [plain]
+    assert model.to_tokens("abcab", prepend_bos=True).tolist() == [[0, *plain]]
+    assert model.to_tokens(["abcab", "ab"])[0].tolist() == plain
+    assert model.to_string(torch.tensor(plain)) == "abcab"
+
+
+def write_tokenizer(folder, template, first):
+    tokens = {first: 0, "</s>": 1, "a": 2, "b": 3, "c": 4, "ab": 5}
+    tokenizer = Tokenizer(BPE(tokens, [("a", "b")]))
+    tokenizer.decoder = Fuse()
+    tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=first, eos_token="</s>").save_pretrained(folder)
 
 
 def test_an_architecture_without_hooked_transformer_is_one_error(tmp_path):

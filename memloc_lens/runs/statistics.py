@@ -1,24 +1,23 @@
-"""Records -> means with 95% intervals, per method, ratio and metric."""
+"""Records -> means with 95% confidence intervals, for each method, ratio and metric."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from scipy.stats import bootstrap
 
-Interval = dict[str, float | int]
+from memloc_lens.runs.schema import ByMethod, Interval, Record
 
 
 def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean with its 95% BCa bootstrap interval (Efron, 1987).
+    """Return the mean with its 95% BCa bootstrap interval (Efron, 1987).
 
     Args:
-        values: one a sequence, at least one. Where all are equal, the interval is that value.
+        values: one a sequence, at least one. If all are equal, the interval is that value.
         seed: of the 9,999 resamples.
 
     Returns:
-        `mean`, `low`, `high` and `n`. A single value has no interval but itself.
+        `mean`, `low`, `high` and `n`. The interval of a single value is the value itself.
 
     Example:
         >>> mean_interval([3.0, 3.0])
@@ -31,13 +30,22 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     interval = bootstrap((data,), np.mean, method="BCa", rng=np.random.default_rng(seed)).confidence_interval
     low, high = float(interval.low), float(interval.high)
     # with two or three values the acceleration can be undefined
-    return {"mean": mean, "low": low if math.isfinite(low) else float(data.min()),
-            "high": high if math.isfinite(high) else float(data.max()), "n": len(data)}  # fmt: skip
+    return {
+        "mean": mean,
+        "low": low if math.isfinite(low) else float(data.min()),
+        "high": high if math.isfinite(high) else float(data.max()),
+        "n": len(data),
+    }
 
 
-def summarize(records: Sequence[dict[str, Any]], metrics: Sequence[str]) -> dict[str, Any]:
-    """`{method: {ratio: {metric: interval}}}`; a metric that no record of a cell has is left out."""
-    methods: dict[str, Any] = {}
+def summarize(records: Sequence[Record], metrics: Sequence[str]) -> ByMethod:
+    """Return the interval of every metric for each method and ratio; a metric that no record has is left out.
+
+    Args:
+        records: in the order of sequences, on which the bootstrap intervals depend.
+        metrics: names of the fields to summarize.
+    """
+    methods: ByMethod = {}
     for method in dict.fromkeys(record["method"] for record in records):
         methods[method] = {}
         of_method = [record for record in records if record["method"] == method]

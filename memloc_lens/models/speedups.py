@@ -1,0 +1,74 @@
+"""A faster forward pass of a `HookedTransformer`: the same weights, the same hook points, the same results."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+from transformer_lens import HookedTransformer
+from transformer_lens.components import LayerNorm
+
+
+def prepare(model: HookedTransformer) -> None:
+    """Speed up the forward pass of a model without changing its weights or its results.
+
+    `load_model` does this to every model; a second time changes nothing.
+
+    Args:
+        model: any `HookedTransformer`, changed in place.
+
+    Example:
+        >>> from memloc_lens.models import prepare
+        >>> tokens = model.to_tokens("Return the number")
+        >>> logits = model(tokens)
+        >>> prepare(model)
+        >>> bool((model(tokens) == logits).all())
+        True
+    """
+    _fuse_gelu(model)
+    _fuse_norms(model)
+    _store_as_multiplied(model)
+
+
+def _fuse_gelu(model: HookedTransformer) -> None:
+    """Replace TransformerLens' GELU, eight elementwise operations, by torch's single one, the same function."""
+    if model.cfg.act_fn == "gelu_new":
+        for block in model.blocks:
+            block.mlp.act_fn = functools.partial(gelu, approximate="tanh")
+
+
+def _fuse_norms(model: HookedTransformer) -> None:
+    """Replace TransformerLens' layer norm, nine operations, by torch's single one while no hook reads between them."""
+    if model.cfg.dtype in (torch.float32, torch.float64):
+        for module in model.modules():
+            if isinstance(module, LayerNorm) and "forward" not in vars(module):
+                vars(module)["forward"] = functools.partial(_fused_norm, module, module.forward)
+
+
+def _fused_norm(
+    norm: LayerNorm, in_steps: Callable[[Tensor], Tensor], stream: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
+        return in_steps(stream)
+    return layer_norm(stream, (norm.length,), norm.w, norm.b, norm.eps)
+
+
+def _store_as_multiplied(model: HookedTransformer) -> None:
+    """Store weights in the memory order in which TransformerLens multiplies by them; shapes and values stay.
+
+    Its forward pass makes these orders contiguous in every call, which copies a weight that is stored differently.
+    """
+    grouped = "_" if model.cfg.n_key_value_heads else ""  # the prefix of shared keys' and values' names
+    stored = [(model.unembed, "W_U", "d_model d_vocab -> d_vocab d_model")]
+    for block in model.blocks:
+        for name in ("W_Q", f"{grouped}W_K", f"{grouped}W_V"):
+            stored.append((block.attn, name, "head d_model d_head -> head d_head d_model"))
+        stored.append((block.attn, "W_O", "head d_head d_model -> d_model head d_head"))
+        if model.cfg.gated_mlp:
+            stored += [(block.mlp, name, "input output -> output input") for name in ("W_gate", "W_in", "W_out")]
+    for module, name, order in stored:
+        weight, (shape, storage) = getattr(module, name), order.split(" -> ")
+        weight.data = rearrange(rearrange(weight.data, order).contiguous(), f"{storage} -> {shape}")
