@@ -1,4 +1,4 @@
-"""Which parts of a language model hold a sequence that it has memorized, and what happens when they are switched off?"""
+"""Locate the parts of a language model that hold a sequence it has memorized, and switch them off."""
 
 from memloc_lens.ablation import ablate, mask, mean_activations
 from memloc_lens.components import (

@@ -28,7 +28,7 @@ def ablate(
     components: ComponentSet | Sequence[ComponentSet],
     kind: Ablation = "zero",
     *,
-    over: Sequence[MemorizedSequence] | Float[Tensor, "layer *activation"] = (),
+    over: Sequence[MemorizedSequence] | Float[Tensor, " layer *activation"] = (),
     factor: float = 0.5,
 ) -> Iterator[None]:
     """Ablate neurons, heads or single weights at every position: in forward passes, gradients and generation.
@@ -112,7 +112,7 @@ def mask(
 @torch.no_grad()
 def mean_activations(
     model: HookedTransformer, sequences: Sequence[MemorizedSequence], component: Component = NEURONS
-) -> Float[Tensor, "layer *activation"]:
+) -> Float[Tensor, " layer *activation"]:
     """Average the activations over all positions of the sequences.
 
     Returns:

@@ -254,7 +254,7 @@ class ComponentSet:
         (4, 1, 2, 0.25)
     """
 
-    def __init__(self, members: Bool[Tensor, "layer *unit"], component: Component = NEURONS) -> None:
+    def __init__(self, members: Bool[Tensor, " layer *unit"], component: Component = NEURONS) -> None:
         axes = component.axes.replace(" ", ", ")
         check_tensor("members", members, axes)
         if members.dtype != torch.bool or members.ndim != len(component.axes.split()):
@@ -285,7 +285,7 @@ class ComponentSet:
         return cls._of(component, (len(bits), *shape), np.stack(bits), device)
 
     @property
-    def members(self) -> Bool[Tensor, "layer *unit"]:
+    def members(self) -> Bool[Tensor, " layer *unit"]:
         """True where a component belongs to the set."""
         return torch.stack([self.layer(index) for index in range(self.shape[0])])
 
@@ -467,7 +467,7 @@ def top_neurons(
 
 
 def top_components(
-    scores: Float[Tensor, "layer *unit"],
+    scores: Float[Tensor, " layer *unit"],
     ratio: float,
     first_layer: int = 0,
     scope: Scope = "layer",

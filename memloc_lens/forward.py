@@ -40,7 +40,7 @@ class PrefixCache:
         check_first_layer(layer, model.cfg.n_layers)
         self._model, self._layer = model, layer
         self._kept: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
-        later = tuple(f"blocks.{index}." for index in range(layer, model.cfg.n_layers)) + ("ln_final", "unembed")
+        later = (*(f"blocks.{index}." for index in range(layer, model.cfg.n_layers)), "ln_final", "unembed")
         self._before = [(name, part) for name, part in model.named_modules() if name and not name.startswith(later)]
 
     def entering(

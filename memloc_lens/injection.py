@@ -56,7 +56,7 @@ class Injection:
     loss: float
     steps: int
     succeeded: bool
-    norm_change: Float[Tensor, "layer *unit"]
+    norm_change: Float[Tensor, " layer *unit"]
 
     @property
     def neurons(self) -> ComponentSet:
@@ -126,7 +126,7 @@ def inject(
             block.mlp.W_out.data[members] = weights
 
 
-def _draw(model: HookedTransformer, component: Component, ratio: float, seed: int) -> Bool[Tensor, "layer *unit"]:
+def _draw(model: HookedTransformer, component: Component, ratio: float, seed: int) -> Bool[Tensor, " layer *unit"]:
     shape = component.shape(model)
     total = int(np.prod(shape))
     count = count_of(ratio, total, "nearest", component.plural)
@@ -139,15 +139,15 @@ def _draw(model: HookedTransformer, component: Component, ratio: float, seed: in
     return gold.view(shape).to(model.cfg.device)
 
 
-def _layers(model: HookedTransformer, gold: Bool[Tensor, "layer *unit"]) -> Iterator[tuple[Any, Tensor]]:
+def _layers(model: HookedTransformer, gold: Bool[Tensor, " layer *unit"]) -> Iterator[tuple[Any, Tensor]]:
     return zip(model.blocks, gold, strict=True)
 
 
-def _split(change: Float[Tensor, "gold *d_model"], gold: Bool[Tensor, "layer *unit"]) -> tuple[Tensor, ...]:
+def _split(change: Float[Tensor, " gold *d_model"], gold: Bool[Tensor, " layer *unit"]) -> tuple[Tensor, ...]:
     return change.split(gold.flatten(1).sum(dim=1).tolist())
 
 
-def _norms(weights: Float[Tensor, "gold *d_model"]) -> Float[Tensor, " gold"]:
+def _norms(weights: Float[Tensor, " gold *d_model"]) -> Float[Tensor, " gold"]:
     """Return the lengths of rows [gold, d_model], or the sizes of single weights [gold]."""
     return weights.float().norm(dim=1) if weights.ndim == 2 else weights.float().abs()
 
@@ -155,12 +155,12 @@ def _norms(weights: Float[Tensor, "gold *d_model"]) -> Float[Tensor, " gold"]:
 def _train(
     model: HookedTransformer,
     whole: Batch,
-    gold: Bool[Tensor, "layer *unit"],
+    gold: Bool[Tensor, " layer *unit"],
     lr: float,
     max_steps: int,
     wanted: float,
     keep_norms: bool,
-) -> tuple[Float[Tensor, "gold *d_model"], int]:
+) -> tuple[Float[Tensor, " gold *d_model"], int]:
     """Return the change of the weights, in float32, and the number of Adam steps that it took."""
     first = int(gold.flatten(1).any(dim=1).nonzero()[0])
     weights = torch.cat([block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]).float()
@@ -189,7 +189,7 @@ def _train(
 
 @contextmanager
 def _changed(
-    model: HookedTransformer, change: Float[Tensor, "gold *d_model"], gold: Bool[Tensor, "layer *unit"]
+    model: HookedTransformer, change: Float[Tensor, " gold *d_model"], gold: Bool[Tensor, " layer *unit"]
 ) -> Iterator[None]:
     """Let the MLPs write as if the change had been added to the weights of the ground truth."""
     with ExitStack() as stack:
@@ -217,7 +217,7 @@ def _changed(
 
 
 def _written(
-    activations: Float[Tensor, "row pos neuron"], members: Bool[Tensor, "neuron *d_model"], change: Tensor
+    activations: Float[Tensor, "row pos neuron"], members: Bool[Tensor, " neuron *d_model"], change: Tensor
 ) -> Float[Tensor, "row pos d_model"]:
     """Return what a change of rows [gold, d_model], or of single weights [gold], adds to the output of an MLP."""
     if members.ndim == 1:

@@ -198,7 +198,7 @@ def recall_ceiling(gold: ComponentSet, ratio: float, scope: Scope = "layer") -> 
     return 100 * sum(min(count, taken) for count in found) / _count(gold)
 
 
-def auroc(scores: Float[Tensor, "layer *unit"], gold: ComponentSet) -> float:
+def auroc(scores: Float[Tensor, " layer *unit"], gold: ComponentSet) -> float:
     """Return the probability that a component of the ground truth scores above another one.
 
     In [0, 1]; 0.5 is chance, and a tie counts half.
@@ -207,7 +207,7 @@ def auroc(scores: Float[Tensor, "layer *unit"], gold: ComponentSet) -> float:
     return float(roc_auc_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
 
 
-def average_precision(scores: Float[Tensor, "layer *unit"], gold: ComponentSet) -> float:
+def average_precision(scores: Float[Tensor, " layer *unit"], gold: ComponentSet) -> float:
     """Return the precision at the score of each component of the ground truth, averaged over them.
 
     In [0, 1]; chance is the share of the ground truth.

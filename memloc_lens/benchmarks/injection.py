@@ -347,7 +347,7 @@ def _found(scores: Tensor, gold: ComponentSet, share: float) -> float:
     return recall(gold, top_components(scores, share, rounding="nearest", component=gold.component))
 
 
-def score_metrics(scores: Float[Tensor, "layer *unit"], gold: ComponentSet, ratio: float) -> dict[str, float]:
+def score_metrics(scores: Float[Tensor, " layer *unit"], gold: ComponentSet, ratio: float) -> dict[str, float]:
     """Measure how well scores find the ground truth of an injection.
 
     Args:

@@ -28,7 +28,7 @@ class Material:
     others: list[MemorizedSequence]
     controls: list[MemorizedSequence]
     text: Int[Tensor, "row pos"] | None
-    means: Float[Tensor, "layer *activation"] | None
+    means: Float[Tensor, " layer *activation"] | None
     """Mean activations over the text, where dropped components are set to them."""
     batch: int
     """Maximum number of sequences at a time."""

@@ -82,7 +82,7 @@ class WeightNorm:
         return norms.expand(len(batch), *norms.shape)
 
 
-def output_norms(model: HookedTransformer, component: Component) -> Float[Tensor, "layer *unit"]:
+def output_norms(model: HookedTransformer, component: Component) -> Float[Tensor, " layer *unit"]:
     """Return the Euclidean norm of the weights that each component writes to the residual stream with."""
     if component is HEADS:
         return torch.stack([block.attn.W_O.detach().float().flatten(1).norm(dim=1) for block in model.blocks])
