@@ -1,8 +1,10 @@
-"""The localizers as their formulas say, batched as the released code of Chang et al. (2024) batches them.
+"""The formulas of the localizers, batched as the released code of Chang et al. (2024) batches them.
 
-No prefix is shared, no layer is skipped, every position is unembedded, and masks train one sequence at a time. What
-`speed.py` measures against; parameters are frozen here too.
+`speed.py` measures the localizers against these. No prefix is shared, no layer is skipped, every position is
+unembedded, and masks train one sequence at a time. Parameters are frozen here too.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,23 +12,18 @@ from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
 
 from memloc_lens import HardConcrete, IntegratedGradients, MemorizedSequence, Slimming, ZeroOut
-from memloc_lens.ablation import post
+from memloc_lens.components import Hook, post
 
 
 def score(localizer: object, model: HookedTransformer, sequences: list[MemorizedSequence]) -> Tensor:
-    """The scores of each sequence, one sequence after the other: [sequence, layer, neuron]."""
+    """Return the scores [sequence, layer, neuron], computed one sequence after the other."""
     model.requires_grad_(False)
-    one = {
-        IntegratedGradients: integrated_gradients,
-        ZeroOut: zero_out,
-        Slimming: slimming,
-        HardConcrete: hard_concrete,
-    }[type(localizer)]
-    return torch.stack([one(localizer, model, sequence) for sequence in sequences])
+    formula = FORMULAS[type(localizer)]
+    return torch.stack([formula(localizer, model, sequence) for sequence in sequences])
 
 
-def suffix_losses(model: HookedTransformer, tokens: Tensor, prompt_len: int, hooks: list) -> Tensor:
-    """The mean loss of each row's suffix, from the logits of all positions."""
+def suffix_losses(model: HookedTransformer, tokens: Tensor, prompt_len: int, hooks: list[tuple[str, Hook]]) -> Tensor:
+    """Return the mean loss of each row's suffix, from the logits of all positions."""
     logits = model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)[:, prompt_len - 1 : -1]
     return cross_entropy(logits.transpose(1, 2), tokens[:, prompt_len:], reduction="none").mean(dim=1)
 
@@ -34,7 +31,7 @@ def suffix_losses(model: HookedTransformer, tokens: Tensor, prompt_len: int, hoo
 def integrated_gradients(
     settings: IntegratedGradients, model: HookedTransformer, sequence: MemorizedSequence
 ) -> Tensor:
-    """For every target position its prefix, and for every layer all steps of it together."""
+    """Run the prefix of every target position, for every layer with all steps together."""
     tokens = sequence.tokens[None].to(model.cfg.device)
     names = [post(layer) for layer in range(model.cfg.n_layers)]
     _, cache = model.run_with_cache(tokens, names_filter=names)
@@ -60,32 +57,32 @@ def integrated_gradients(
 
 @torch.no_grad()
 def zero_out(settings: ZeroOut, model: HookedTransformer, sequence: MemorizedSequence) -> Tensor:
-    """Every layer's neurons in 16 batches of whole sequences."""
+    """Zero the neurons of a layer one by one, in 16 batches of whole sequences."""
     tokens = sequence.tokens[None].to(model.cfg.device)
     clean = suffix_losses(model, tokens, sequence.prompt_len, [])
     scores = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, device=tokens.device)
     for layer in range(model.cfg.n_layers):
         for neurons in torch.arange(model.cfg.d_mlp, device=tokens.device).chunk(16):
 
-            def zero_one_each(activations: Tensor, hook: object, neurons: Tensor = neurons) -> Tensor:
+            def zero_one_a_row(activations: Tensor, hook: object, neurons: Tensor = neurons) -> Tensor:
                 activations[torch.arange(len(neurons)), :, neurons] = 0
                 return activations
 
             rows = tokens.expand(len(neurons), -1)
-            losses = suffix_losses(model, rows, sequence.prompt_len, [(post(layer), zero_one_each)])
+            losses = suffix_losses(model, rows, sequence.prompt_len, [(post(layer), zero_one_a_row)])
             scores[layer, neurons] = (losses - clean).float()
     return scores
 
 
 def slimming(settings: Slimming, model: HookedTransformer, sequence: MemorizedSequence) -> Tensor:
-    """Adam on one mask."""
+    """Train one mask with Adam."""
     mask = torch.ones(model.cfg.n_layers, model.cfg.d_mlp, device=model.cfg.device, requires_grad=True)
     train(settings, mask, model, sequence, lambda: (mask.clamp(0, 1), mask.abs().mean()))
     return mask.detach().clamp(0, 1)
 
 
 def hard_concrete(settings: HardConcrete, model: HookedTransformer, sequence: MemorizedSequence) -> Tensor:
-    """Adam on one mask's log_alpha, with a new sample of the gates at every step."""
+    """Train the log_alpha of one mask with Adam, with a new sample of the gates at every step."""
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (model.cfg.n_layers, model.cfg.d_mlp)
     start = torch.logit(torch.tensor((settings.init + 0.1) / 1.2))
@@ -101,8 +98,22 @@ def hard_concrete(settings: HardConcrete, model: HookedTransformer, sequence: Me
     return log_alpha.detach().sigmoid()
 
 
-def train(settings, parameters: Tensor, model: HookedTransformer, sequence: MemorizedSequence, sample) -> None:
-    """The steps of Adam, with the mask at every layer."""
+def train(
+    settings: Slimming | HardConcrete,
+    parameters: Tensor,
+    model: HookedTransformer,
+    sequence: MemorizedSequence,
+    sample: Callable[[], tuple[Tensor, Tensor]],
+) -> None:
+    """Take the steps of Adam.
+
+    Args:
+        settings: of the mask.
+        parameters: to be trained.
+        model: whose neurons the mask multiplies at every layer.
+        sequence: to be kept.
+        sample: returns the mask and its regularizer.
+    """
     tokens = sequence.tokens[None].to(model.cfg.device)
     optimizer = torch.optim.Adam([parameters], lr=settings.lr)
     for _ in range(settings.steps):
@@ -112,3 +123,12 @@ def train(settings, parameters: Tensor, model: HookedTransformer, sequence: Memo
         optimizer.zero_grad()
         (loss + settings.penalty * regularizer).backward()
         optimizer.step()
+
+
+FORMULAS: dict[type, Callable[..., Tensor]] = {
+    IntegratedGradients: integrated_gradients,
+    ZeroOut: zero_out,
+    Slimming: slimming,
+    HardConcrete: hard_concrete,
+}
+"""The formula of each localizer that has one."""

@@ -1,13 +1,16 @@
-"""How fast the localizers are against their formulas written down: same weights, sequences and machine, in one run.
+"""Measure how fast the localizers are against their formulas, on the same weights, sequences and machine, in one run.
 
     python benchmarks/speed.py --out benchmarks/results/speed-cpu.json
     python benchmarks/speed.py --shape pythia-6.9b --device cuda --dtype bfloat16 --no-naive
 
-The formulas (`formulas.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` gives it, with
-the same weights. These are random: speed does not depend on them. To tell work saved from faster products, the
-formulas run once more on the localizers' model and with their matrix products. Every measurement has a process of its
-own, so that its peak of memory is its own. Localizers run three times, of which the median counts, formulas once, and
-both once more to count the FLOPs of their matrix products. Results are written after each stage.
+1. The formulas (`formulas.py`) run on a plain `HookedTransformer`, the localizers on one as `load_model` returns it.
+   Both have the same random weights, on which speed does not depend.
+2. The formulas run once more on the localizers' model with the localizers' matrix products. This tells work saved from
+   faster products.
+3. Localizers run three times, of which the median counts; formulas run once. Both run once more to count the FLOPs of
+   their matrix products.
+
+Every measurement runs in its own process, so that its peak memory is its own. Results are written after every stage.
 """
 
 import json
@@ -20,6 +23,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,32 +31,38 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memloc_lens import (
     HardConcrete,
-    IntegratedGradients,
+    Localizer,
     MemorizedSequence,
     Slimming,
     ZeroOut,
     memory_budget,
     top_neurons,
 )
-from memloc_lens.models import prepare
+from memloc_lens.checks import check_choice, check_number
+from memloc_lens.memory import parse_memory
+from memloc_lens.models import check_device, prepare
 from memloc_lens.products import fast_products
+from memloc_lens.runs.command_line import parser, run_command
 
 sys.path.insert(0, str(Path(__file__).parent))
 import formulas
 
+METHODS = {localizer.name: localizer for localizer in formulas.FORMULAS}
+"""The localizers that can be measured, by name: those with a formula."""
+
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a model and of the sequences it reads."""
+    """The shape of a model and of the sequences that it reads."""
 
     layers: int = 4
     width: int = 256
@@ -72,31 +82,26 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class SpeedSettings:
     """What to measure.
 
     Args:
-        shape: of the model: a small GPT-2, or those of GPT2-XL and Pythia-6.9B with random weights.
-        methods: localizers to measure.
-        device: where to run.
-        dtype: of weights and computation.
-        sequences: that the learned masks train side by side.
-        steps: of the learned masks.
-        naive: run the formulas too, for the ratio and the agreement.
-        scaling: time against the numbers of layers, tokens and neurons too.
-        memory: budget of one more run of each localizer, whose peak is then shown; empty leaves it out.
-        threads: of the processor; 0 leaves it to torch.
-        repeats: runs of each localizer, of which the median counts.
-        out: JSON file for the results.
+        shape: Shape of the model: a small GPT-2, or that of GPT2-XL or Pythia-6.9B, with random weights.
+        methods: Localizers to measure. Default: all that have a formula.
+        device: Device of the model.
+        dtype: Precision of weights and computation.
+        sequences: Number of sequences that the learned masks train side by side.
+        steps: Number of training steps of the learned masks.
+        naive: Also run the formulas, for the ratio and the agreement.
+        scaling: Also measure the time against the numbers of layers, tokens and neurons.
+        memory: Memory budget of one more run of each localizer, whose peak is then shown; empty leaves the run out.
+        threads: Number of CPU threads; 0 leaves it to torch.
+        repeats: Number of runs of each localizer, of which the median counts.
+        out: JSON file to write the results to.
     """
 
-    shape: Literal["small", "gpt2-xl", "pythia-6.9b"] = "small"
-    methods: tuple[Literal["integrated-gradients", "zero-out", "slimming", "hard-concrete"], ...] = (
-        "integrated-gradients",
-        "zero-out",
-        "slimming",
-        "hard-concrete",
-    )
+    shape: Literal[tuple(SHAPES)] = "small"  # type: ignore[valid-type]
+    methods: tuple[Literal[tuple(METHODS)], ...] = tuple(METHODS)  # type: ignore[valid-type]
     device: str = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     sequences: int = 16
@@ -108,13 +113,40 @@ class Settings:
     repeats: int = 3
     out: Path | None = None
 
+    def __post_init__(self) -> None:
+        check_choice("shape", self.shape, SHAPES)
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        for method in self.methods:
+            check_choice("the method", method, METHODS)
+        for name in ("sequences", "steps", "repeats"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        check_number("threads", self.threads, least=0, whole=True)
+        check_device(self.device)
+        if self.memory:
+            parse_memory(self.memory)
+
 
 @dataclass(frozen=True)
-class Job:
-    """One measurement, for a process of its own."""
+class Measurement:
+    """One measurement, for its own process.
+
+    Args:
+        shape: of the model and the sequences.
+        localizer: to measure.
+        sequences: number of sequences to score together.
+        device: of the model.
+        dtype: of weights and computation.
+        threads: number of CPU threads; 0 leaves it to torch.
+        repeats: number of runs, of which the median counts.
+        is_naive: run the formula in place of the localizer.
+        is_plain: run on a plain `HookedTransformer`, with torch's own matrix products.
+        count: count FLOPs instead of seconds.
+        memory: budget of the run; empty for none.
+        scores: file to write the scores to; empty for none.
+    """
 
     shape: Shape
-    localizer: Any
+    localizer: Localizer
     sequences: int
     device: str
     dtype: str
@@ -128,7 +160,7 @@ class Job:
 
 
 def build(shape: Shape, device: str, dtype: torch.dtype, plain: bool) -> HookedTransformer:
-    """A model of a shape with random weights, the same ones each time; as TransformerLens has it, or as we load it."""
+    """Return a model with random weights, always the same: plain, or prepared as `load_model` does."""
     cfg = HookedTransformerConfig(
         n_layers=shape.layers,
         d_model=shape.width,
@@ -156,38 +188,45 @@ def build(shape: Shape, device: str, dtype: torch.dtype, plain: bool) -> HookedT
     return model.eval()
 
 
-def measure(job: Job) -> dict[str, float]:
-    """Run a job, in its own process: seconds, FLOPs where counted, and peak bytes above the loaded model."""
-    if job.threads:
-        torch.set_num_threads(job.threads)
-    model = build(job.shape, job.device, getattr(torch, job.dtype), plain=job.is_plain)
+def measure(wanted: Measurement) -> dict[str, float]:
+    """Measure in this process: FLOPs, or seconds and the peak memory in bytes, in total and above the loaded model."""
+    if wanted.threads:
+        torch.set_num_threads(wanted.threads)
+    model = build(wanted.shape, wanted.device, getattr(torch, wanted.dtype), plain=wanted.is_plain)
     draw = torch.Generator().manual_seed(1)
-    rows = torch.randint(job.shape.vocabulary, (job.sequences, job.shape.tokens), generator=draw)
-    sequences = [MemorizedSequence(row, job.shape.prompt) for row in rows]
-    score = partial(formulas.score, job.localizer) if job.is_naive else job.localizer
+    rows = torch.randint(wanted.shape.vocabulary, (wanted.sequences, wanted.shape.tokens), generator=draw)
+    sequences = [MemorizedSequence(row, wanted.shape.prompt) for row in rows]
+    score = partial(formulas.score, wanted.localizer) if wanted.is_naive else wanted.localizer
     score(model, [MemorizedSequence(rows[0, :8], 4)])  # what is set up once
-    if job.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    if wanted.count:
+        return {"flops": count_flops(partial(score, model, sequences))}
+    return time_and_memory(wanted, partial(score, model, sequences))
 
-    loaded = _peak(job.device)
-    if job.count:
-        with FlopCounterMode(
-            display=False, custom_mapping={torch.ops.mkldnn._linear_pointwise: _linear_flops}
-        ) as counter:
-            score(model, sequences)
-        return {"flops": counter.get_total_flops()}
+
+def count_flops(score: Callable[[], Tensor]) -> float:
+    """Count the FLOPs of the matrix products of a run."""
+    linear = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
+    with FlopCounterMode(display=False, custom_mapping=linear) as counter:
+        score()
+    return counter.get_total_flops()
+
+
+def time_and_memory(wanted: Measurement, score: Callable[[], Tensor]) -> dict[str, float]:
+    """Measure the seconds and the peak memory of runs, and write the scores of the last one."""
+    if wanted.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loaded = _peak(wanted.device)
     times = []
-    in_budget = memory_budget(job.memory, job.device) if job.memory else nullcontext()
-    with in_budget, nullcontext() if job.is_plain else fast_products(job.device):
-        for _ in range(1 if job.is_naive else job.repeats):
+    in_budget = memory_budget(wanted.memory, wanted.device) if wanted.memory else nullcontext()
+    with in_budget, nullcontext() if wanted.is_plain else fast_products(wanted.device):
+        for _ in range(1 if wanted.is_naive else wanted.repeats):
             started = time.perf_counter()
-            scores = score(model, sequences).cpu()
+            scores = score().cpu()
             times.append(time.perf_counter() - started)
-    seconds = statistics.median(times)
-    if job.scores:
-        save_file({"scores": scores.contiguous()}, job.scores)
-    peak = _peak(job.device)
-    return {"seconds": seconds, "peak_bytes": peak, "added_bytes": peak - loaded}
+    peak = _peak(wanted.device)
+    if wanted.scores:
+        save_file({"scores": scores.contiguous()}, wanted.scores)
+    return {"seconds": statistics.median(times), "peak_bytes": peak, "added_bytes": peak - loaded}
 
 
 def _linear_flops(left: Any, right: Any, *_: Any, **__: Any) -> int:
@@ -201,22 +240,22 @@ def _peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def job_of(settings: Settings, localizer: Any, **changes: Any) -> Job:
-    """The measurement of a localizer: learned masks on many sequences side by side, the others on one."""
+def measurement_of(settings: SpeedSettings, localizer: Localizer, **changes: Any) -> Measurement:
+    """Return the measurement of a localizer: learned masks on many sequences side by side, the others on one."""
     count = settings.sequences if isinstance(localizer, Slimming | HardConcrete) else 1
     shape = SHAPES[settings.shape]
-    job = Job(shape, localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats)
-    return replace(job, **changes)
+    wanted = Measurement(shape, localizer, count, settings.device, settings.dtype, settings.threads, settings.repeats)
+    return replace(wanted, **changes)
 
 
-def in_own_process(job: Job) -> dict[str, float]:
-    """What `measure` gives, from a new process."""
+def in_own_process(wanted: Measurement) -> dict[str, float]:
+    """Measure in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(measure, (job,))
+        return pool.apply(measure, (wanted,))
 
 
 def product_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
-    """The FLOPs a second of the machine's matrix product, the best of 7."""
+    """Return how many FLOPs a second the machine's matrix product reaches, the best of 7."""
     if device == "cuda":
         size *= 4
     one, other = torch.randn(2, size, size, device=device).to(dtype)
@@ -231,65 +270,65 @@ def product_rate(device: str, dtype: torch.dtype, size: int = 2048) -> float:
     return 2 * size**3 / min(times)
 
 
-def localizers(settings: Settings) -> dict[str, Any]:
-    """What is measured, by name; masks run all their steps."""
-    every = {
-        "integrated-gradients": IntegratedGradients(),
-        "zero-out": ZeroOut(),
-        "slimming": Slimming(steps=settings.steps, stop_loss=0.0),
-        "hard-concrete": HardConcrete(steps=settings.steps, stop_loss=0.0),
+def localizers(settings: SpeedSettings) -> dict[str, Localizer]:
+    """Return the localizers to measure by name; masks train all their steps."""
+    all_steps = {"steps": settings.steps, "stop_loss": 0.0}
+    return {
+        name: localizer(**all_steps) if localizer in (Slimming, HardConcrete) else localizer()
+        for name, localizer in METHODS.items()
+        if name in settings.methods
     }
-    return {name: localizer for name, localizer in every.items() if name in settings.methods}
 
 
-def compare(settings: Settings, rate: float, folder: Path) -> dict[str, dict[str, float]]:
-    """Each localizer against its formula."""
+def compare(settings: SpeedSettings, rate: float, folder: Path) -> dict[str, dict[str, float]]:
+    """Measure the localizers against their formulas."""
     results = {}
     for name, localizer in localizers(settings).items():
-        job = job_of(settings, localizer, scores=str(folder / f"{name}.safetensors"))
-        fast = in_own_process(job)
-        flops = in_own_process(replace(job, count=True))["flops"]
-        row = {"sequences": job.sequences, **fast, "flops": flops, "of_rate": flops / fast["seconds"] / rate}
+        wanted = measurement_of(settings, localizer, scores=str(folder / f"{name}.safetensors"))
+        fast = in_own_process(wanted)
+        flops = in_own_process(replace(wanted, count=True))["flops"]
+        row = {"sequences": wanted.sequences, **fast, "flops": flops, "of_rate": flops / fast["seconds"] / rate}
         if settings.naive:
-            slow_job = replace(job, is_naive=True, is_plain=True, scores=str(folder / f"{name}-naive.safetensors"))
-            slow = in_own_process(slow_job)
-            same_machinery = in_own_process(replace(slow_job, is_plain=False))
-            naive_flops = in_own_process(replace(slow_job, count=True))["flops"]
-            own, other = (load_file(each.scores)["scores"] for each in (job, slow_job))
-            row |= {f"naive_{key}": value for key, value in slow.items()} | {
-                "naive_flops": naive_flops,
-                "ratio": slow["seconds"] / fast["seconds"],
-                "ratio_same_products": same_machinery["seconds"] / fast["seconds"],
-                "difference": ((own - other).norm() / other.norm()).item(),
-            }
+            row |= against_formula(wanted, fast["seconds"], str(folder / f"{name}-naive.safetensors"))
         if settings.memory:
-            bounded = in_own_process(replace(job, memory=settings.memory, scores=""))
+            bounded = in_own_process(replace(wanted, memory=settings.memory, scores=""))
             row |= {"budget_peak_bytes": bounded["peak_bytes"], "budget_seconds": bounded["seconds"]}
         results[name] = row
         print(f"{name}: {row}", file=sys.stderr)
     return results
 
 
-def screen(settings: Settings, folder: Path) -> dict[str, dict[str, float]]:
-    """ZeroOut on candidates alone: its time, and how much of the exact top 1% it has."""
+def against_formula(wanted: Measurement, seconds: float, scores: str) -> dict[str, float]:
+    """Measure the formula of a localizer, given the seconds and the scores of the localizer itself."""
+    naive = replace(wanted, is_naive=True, is_plain=True, scores=scores)
+    slow = in_own_process(naive)
+    same_machinery = in_own_process(replace(naive, is_plain=False))
+    flops = in_own_process(replace(naive, count=True))["flops"]
+    own, other = load_file(wanted.scores)["scores"], load_file(naive.scores)["scores"]
+    return {f"naive_{name}": value for name, value in slow.items()} | {
+        "naive_flops": flops,
+        "ratio": slow["seconds"] / seconds,
+        "ratio_same_products": same_machinery["seconds"] / seconds,
+        "difference": ((own - other).norm() / other.norm()).item(),
+    }
+
+
+def screen(settings: SpeedSettings, folder: Path) -> dict[str, dict[str, float]]:
+    """Measure ZeroOut on candidates alone: its time, and how much of the exact top 1% it finds."""
     results = {}
-    exact = load_file(folder / "zero-out.safetensors")["scores"][0]
+    exact = top_neurons(load_file(folder / "zero-out.safetensors")["scores"][0], 0.01)
     for share in (0.05, 0.1, 0.25):
         path = str(folder / "candidates.safetensors")
-        seconds = in_own_process(job_of(settings, ZeroOut(candidates=share), scores=path))["seconds"]
-        found, wanted = (top_neurons(each, 0.01) for each in (load_file(path)["scores"][0], exact))
-        results[str(share)] = {"seconds": seconds, "recall_of_top_1pct": 100 * len(found & wanted) / len(wanted)}
+        seconds = in_own_process(measurement_of(settings, ZeroOut(candidates=share), scores=path))["seconds"]
+        found = top_neurons(load_file(path)["scores"][0], 0.01)
+        results[str(share)] = {"seconds": seconds, "recall_of_top_1pct": 100 * len(found & exact) / len(exact)}
     return results
 
 
-def scaling(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
-    """Seconds against layers, tokens and neurons, the rest of the shape as it is."""
+def scaling(settings: SpeedSettings) -> dict[str, dict[str, dict[str, float]]]:
+    """Measure the seconds against layers, tokens and neurons; the rest of the shape stays as it is."""
     base = SHAPES[settings.shape]
-    changes = {
-        "layers": [2, 4, 8],
-        "tokens": [40, 80, 160],
-        "neurons": [512, 1024, 2048],
-    }
+    changes = {"layers": (2, 4, 8), "tokens": (40, 80, 160), "neurons": (512, 1024, 2048)}
     results: dict[str, dict[str, dict[str, float]]] = {}
     for name, localizer in localizers(settings).items():
         results[name] = {}
@@ -297,14 +336,17 @@ def scaling(settings: Settings) -> dict[str, dict[str, dict[str, float]]]:
             results[name][field] = {}
             for value in values:
                 shape = replace(base, prompt=16, **{field: value})
-                results[name][field][str(value)] = in_own_process(job_of(settings, localizer, shape=shape))["seconds"]
+                wanted = measurement_of(settings, localizer, shape=shape)
+                results[name][field][str(value)] = in_own_process(wanted)["seconds"]
     return results
 
 
-def machine(settings: Settings) -> dict[str, Any]:
-    """What the figures were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), platform.processor())  # fmt: skip
+def machine(settings: SpeedSettings) -> dict[str, Any]:
+    """Describe what the figures are measured on."""
+    cpu_info = Path("/proc/cpuinfo")  # Linux only
+    lines = cpu_info.read_text().splitlines() if cpu_info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "processor": cpu,
@@ -315,10 +357,10 @@ def machine(settings: Settings) -> dict[str, Any]:
     }
 
 
-def show(result: dict[str, Any]) -> None:
+def show(settings: SpeedSettings, result: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(width=None if sys.stdout.isatty() else 150)
-    table = Table(title=f"{result['settings']['shape']}: {result['machine']}", title_justify="left")
+    table = Table(title=f"{settings.shape}: {result['machine']}", title_justify="left")
     for heading in ("", "seconds", "naive", "ratio", "same products", "difference", "GFLOP", "naive GFLOP",
                     "of product rate", "MiB added", "naive MiB", "MiB in all, in budget"):  # fmt: skip
         table.add_column(heading, justify="right" if heading else "left")
@@ -349,25 +391,32 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure, print, and keep the results."""
-    settings = tyro.cli(Settings, description=__doc__)
+    """Run the command line: ``python benchmarks/speed.py --help``."""
+    run_command(parser(SpeedSettings, "python benchmarks/speed.py", __doc__), run, show)
+
+
+def run(settings: SpeedSettings) -> dict[str, Any]:
+    """Measure everything, and write the results after every stage."""
     rate = product_rate(settings.device, getattr(torch, settings.dtype))
-    as_text = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()}
-    result: dict[str, Any] = {"settings": as_text, "machine": machine(settings)}
-    result["machine"]["product_gflops"] = round(rate / 1e9, 1)
-
-    def keep(stage: str, figures: dict[str, Any]) -> None:
-        result[stage] = figures
-        if settings.out:
-            settings.out.write_text(json.dumps(result, indent=1) + "\n")
-
-    with tempfile.TemporaryDirectory() as folder:
-        keep("localizers", compare(settings, rate, Path(folder)))
+    result: dict[str, Any] = {
+        "settings": json.loads(json.dumps(asdict(settings), default=str)),
+        "machine": machine(settings) | {"product_gflops": round(rate / 1e9, 1)},
+    }
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        keep(settings, result, "localizers", compare(settings, rate, folder))
         if "zero-out" in settings.methods:
-            keep("candidates", screen(settings, Path(folder)))
+            keep(settings, result, "candidates", screen(settings, folder))
     if settings.scaling:
-        keep("scaling", scaling(settings))
-    show(result)
+        keep(settings, result, "scaling", scaling(settings))
+    return result
+
+
+def keep(settings: SpeedSettings, result: dict[str, Any], stage: str, figures: dict[str, Any]) -> None:
+    """Add the figures of a stage to the result, and write it."""
+    result[stage] = figures
+    if settings.out:
+        settings.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

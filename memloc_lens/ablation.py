@@ -8,16 +8,16 @@ never touched, and closing the context removes the hooks.
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_model, check_number
-from memloc_lens.components import NEURONS, Component, ComponentSet, Edit
-from memloc_lens.sequence import MemorizedSequence, equal_length_batches
+from memloc_lens.checks import check_choice, check_model, check_number, described
+from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
+from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 
 Ablation = Literal["zero", "mean", "scale"]
 
@@ -58,9 +58,7 @@ def ablate(
     check_number("factor", factor)
     sets = [components] if isinstance(components, ComponentSet) else components
     component = _common_component(model, sets)
-    means = None
-    if kind == "mean":
-        means = over if isinstance(over, Tensor) else mean_activations(model, over, component)
+    means = _means(model, over, component) if kind == "mean" else None
     edits: dict[int, Edit] = {}
     for layer in range(model.cfg.n_layers):
         rows = [members.layer(layer).to(model.cfg.device) for members in sets]
@@ -77,8 +75,8 @@ def ablate(
 def _common_component(model: HookedTransformer, sets: Sequence[ComponentSet]) -> Component:
     if not isinstance(sets, list | tuple) or not sets or not all(isinstance(item, ComponentSet) for item in sets):
         raise ValueError(
-            f"the components are {type(sets).__name__}; give a set such as top_neurons(scores, ratio) returns, or a "
-            "list of them"
+            f"the components are {described(sets)}; give a set such as top_neurons(scores, ratio) returns, or a list of "
+            "them"
         )
     component = sets[0].component
     for item in sets:
@@ -109,6 +107,19 @@ def mask(
     return NEURONS.masked(model, values, first_layer)
 
 
+def _means(model: HookedTransformer, over: Any, component: Component) -> Float[Tensor, " layer *activation"]:
+    _check_has_activations(component)
+    if not isinstance(over, Tensor):
+        return mean_activations(model, over, component)
+    expected = [*component.shape(model), *([model.cfg.d_head] if component is HEADS else [])]
+    if list(over.shape) != expected:
+        raise ValueError(
+            f"means of shape {list(over.shape)} do not fit the {component.plural} of {model.cfg.model_name}, which "
+            f"need {expected}; give what mean_activations returns for them"
+        )
+    return over
+
+
 @torch.no_grad()
 def mean_activations(
     model: HookedTransformer, sequences: Sequence[MemorizedSequence], component: Component = NEURONS
@@ -125,10 +136,11 @@ def mean_activations(
         >>> mean_activations(model, [sequence]).shape
         torch.Size([6, 768])
     """
-    if not component.hook_point:
-        raise ValueError(f"{component.plural} have no activations to take a mean of; set them to zero, or scale them")
-    if not sequences:
+    check_model(model)
+    _check_has_activations(component)
+    if isinstance(sequences, list | tuple) and not sequences:
         raise ValueError("a mean ablation needs the text to take the mean over: ablate(..., 'mean', over=sequences)")
+    sequences = check_sequences(model, sequences)
     names = [component.activations_at(layer) for layer in range(model.cfg.n_layers)]
     total: Tensor | float = 0.0
     for _, batch in equal_length_batches(sequences, size=16):
@@ -136,6 +148,12 @@ def mean_activations(
         total = total + torch.stack([cache[name].float().sum(dim=(0, 1)) for name in names])
     assert isinstance(total, Tensor)
     return total / sum(len(sequence.tokens) for sequence in sequences)
+
+
+def _check_has_activations(component: Component) -> None:
+    check_component(component)
+    if not component.hook_point:
+        raise ValueError(f"{component.plural} have no activations to take a mean of; set them to zero, or scale them")
 
 
 def _replaced(members: Tensor, value: Tensor, activations: Tensor) -> Tensor:

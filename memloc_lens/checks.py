@@ -15,7 +15,7 @@ def check_model(model: object) -> None:
         ValueError: naming what was given, and how to get a model.
     """
     if not isinstance(model, HookedTransformer):
-        raise ValueError(f"the model is {_described(model)}; give a HookedTransformer, as load_model(...) returns it")
+        raise ValueError(f"the model is {described(model)}; give a HookedTransformer, as load_model(...) returns it")
     if model.cfg.attn_only:
         raise ValueError(f"{model.cfg.model_name} has attention layers only, and so no MLP neurons to locate or ablate")
 
@@ -27,7 +27,7 @@ def check_tensor(name: str, value: object, axes: str) -> None:
         ValueError: naming the argument and what was given.
     """
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is {_described(value)}; a tensor [{axes}] was expected")
+        raise ValueError(f"{name} is {described(value)}; a tensor [{axes}] was expected")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> None:
@@ -39,8 +39,27 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     Example:
         >>> check_choice("scope", "layer", ("layer", "global"))
     """
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+
+
+def check_text(name: str, value: object) -> None:
+    """Refuse what a tokenizer cannot read: no string, an empty one, or one with half of a character.
+
+    Raises:
+        ValueError: naming what was given.
+
+    Example:
+        >>> check_text("the text", "Return the number of items")
+    """
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is {'empty' if value == '' else described(value)}; give a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has {value[error.start]!r}, half of a character, at character {error.start}; remove it"
+        ) from error
 
 
 def check_number(
@@ -76,10 +95,10 @@ def check_number(
         if limit is not None
     ]
     kind = "a whole number" if whole else "a number"
-    is_number = isinstance(value, int) or (isinstance(value, float) and not whole and math.isfinite(value))
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
     if (
-        not is_number
-        or isinstance(value, bool)
+        not isinstance(value, int | float)
+        or not (is_whole or (isinstance(value, float) and not whole and math.isfinite(value)))
         or (above is not None and not value > above)
         or (least is not None and not value >= least)
         or (below is not None and not value < below)
@@ -99,7 +118,8 @@ def check_first_layer(first_layer: int, layers: int) -> None:
         raise ValueError(f"first_layer is {first_layer}; the model has layers 0 to {layers - 1}")
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return in a few words what was given instead of what was expected."""
     if isinstance(value, str):
         return f"the string {value!r}"
     if isinstance(value, Tensor):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
-from memloc_lens.checks import check_choice, check_first_layer, check_model, check_number, check_tensor
+from memloc_lens.checks import check_choice, check_first_layer, check_model, check_number, check_tensor, described
 
 Edit = Callable[[Tensor], Tensor]
 """What to make of a layer's activations, or of its weights."""
@@ -146,27 +147,30 @@ def _edited_weights(model: HookedTransformer, edits: Mapping[int, Edit]) -> Iter
 def _edited_output(mlp: nn.Module, edit: Edit) -> Iterator[None]:
     outer = _open_edits.get(mlp, ())
     seen: list[Tensor] = []
-    watching: list[Any] = []
+    watching = ExitStack()
 
     def watch(module: Any, arguments: Any) -> None:
         # registered anew at every pass, so that it comes after all other hooks and sees what W_out is multiplied by
-        watching.append(module.hook_post.register_forward_hook(lambda point, given, output: seen.append(output)))
+        watching.close()
+        handle = module.hook_post.register_forward_hook(lambda point, given, output: seen.append(output))
+        watching.callback(handle.remove)
+        watching.callback(seen.clear)
 
-    def add_change(module: Any, arguments: Any, output: Tensor | None) -> Tensor | None:
-        watching.pop().remove()
-        if output is None:  # the pass has failed
-            return None
+    def add_change(module: Any, arguments: Any, output: Tensor) -> Tensor:
         weight = module.W_out
         for change in outer:
             weight = change(weight)
-        return output + seen.pop() @ (edit(weight) - weight)
+        changed = output + seen[-1] @ (edit(weight) - weight)
+        watching.close()
+        return changed
 
-    handles = [mlp.register_forward_pre_hook(watch), mlp.register_forward_hook(add_change, always_call=True)]
+    handles = [mlp.register_forward_pre_hook(watch), mlp.register_forward_hook(add_change)]
     _open_edits[mlp] = (*outer, edit)
     try:
         yield
     finally:
         _open_edits[mlp] = outer
+        watching.close()  # of a pass that failed
         for handle in handles:
             handle.remove()
 
@@ -235,6 +239,17 @@ def component_of(name: str) -> Component:
     return COMPONENTS[name]
 
 
+def check_component(component: object) -> None:
+    """Refuse what is not a kind of component.
+
+    Raises:
+        ValueError: naming the kinds there are.
+    """
+    if not isinstance(component, Component):
+        names = ", ".join(f"{kind.plural.upper()} for {name!r}" for name, kind in COMPONENTS.items())
+        raise ValueError(f"component is {described(component)}; give one of {names}")
+
+
 class ComponentSet:
     """A set of components of one kind in one model, with set operations.
 
@@ -255,6 +270,7 @@ class ComponentSet:
     """
 
     def __init__(self, members: Bool[Tensor, " layer *unit"], component: Component = NEURONS) -> None:
+        check_component(component)
         axes = component.axes.replace(" ", ", ")
         check_tensor("members", members, axes)
         if members.dtype != torch.bool or members.ndim != len(component.axes.split()):
@@ -278,7 +294,9 @@ class ComponentSet:
     @classmethod
     def from_layers(cls, layers: Iterable[Bool[Tensor, "*unit"]], component: Component = NEURONS) -> "ComponentSet":
         """Make a set from the members of one layer after another, so that few are held unpacked."""
-        bits, shape, device = [], (), torch.device("cpu")
+        bits: list[np.ndarray] = []
+        shape: tuple[int, ...] = ()
+        device = torch.device("cpu")
         for layer in layers:
             bits.append(np.packbits(layer.flatten().cpu().numpy()))
             shape, device = tuple(layer.shape), layer.device
@@ -427,16 +445,25 @@ def set_from_indices(
         <1 of 36 heads in layers 0 to 0>
     """
     check_model(model)
+    check_component(component)
     shape = component.shape(model)
     members = torch.zeros(shape, dtype=torch.bool, device=model.cfg.device)
     for index in indices:
-        if len(index) != len(shape) or not all(0 <= part < size for part, size in zip(index, shape, strict=True)):
+        if not _is_index(index, shape):
             raise ValueError(
-                f"{component.name} {tuple(index)} does not exist; {model.cfg.model_name} has {component.plural} of "
+                f"{component.name} {index!r} does not exist; {model.cfg.model_name} has {component.plural} of "
                 f"shape {list(shape)} [{component.axes.replace(' ', ', ')}]"
             )
         members[tuple(index)] = True
     return Neurons(members) if component is NEURONS else ComponentSet(members, component)
+
+
+def _is_index(index: object, shape: tuple[int, ...]) -> bool:
+    return (
+        isinstance(index, tuple | list)
+        and len(index) == len(shape)
+        and all(isinstance(part, Integral) and 0 <= int(part) < size for part, size in zip(index, shape, strict=True))
+    )
 
 
 def top_neurons(
@@ -478,6 +505,7 @@ def top_components(
 
     Layers are ranked one after another, so that only the scores themselves and those chosen are held.
     """
+    check_component(component)
     axes = component.axes.replace(" ", ", ")
     check_tensor("scores", scores, axes)
     if scores.ndim != len(component.axes.split()):

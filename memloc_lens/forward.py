@@ -12,7 +12,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
-from memloc_lens.checks import check_first_layer
+from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.products import fast_products
 from memloc_lens.sequence import Batch
 
@@ -37,11 +37,13 @@ class PrefixCache:
     """
 
     def __init__(self, model: HookedTransformer, layer: int) -> None:
+        check_model(model)
         check_first_layer(layer, model.cfg.n_layers)
         self._model, self._layer = model, layer
         self._kept: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
-        later = (*(f"blocks.{index}." for index in range(layer, model.cfg.n_layers)), "ln_final", "unembed")
-        self._before = [(name, part) for name, part in model.named_modules() if name and not name.startswith(later)]
+        later = (*(f"blocks.{index}." for index in range(layer, model.cfg.n_layers)), "ln_final.", "unembed.")
+        parts = model.named_modules()
+        self._before = [(name, part) for name, part in parts if name and not f"{name}.".startswith(later)]
 
     def entering(
         self, model: HookedTransformer, tokens: Int[Tensor, "row pos"]

@@ -7,10 +7,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_model
 from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
-from memloc_lens.sequence import MemorizedSequence, equal_length_batches
+from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 
 Predictions = list[Int[Tensor, " suffix"]]
 """For each sequence the suffix that the model predicts, on the CPU."""
@@ -29,7 +28,7 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
         >>> torch.equal(free_running(model, [sequence])[0], sequence.suffix)
         True
     """
-    check_model(model)
+    sequences = check_sequences(model, sequences)
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
     for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
         generated = model.generate(

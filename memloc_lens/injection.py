@@ -107,7 +107,7 @@ def inject(
     check_choice("component", component, ("neuron", "weight"))
     if keep_norms and component != "neuron":
         raise ValueError("keep_norms keeps the lengths of rows of W_out; it needs component='neuron'")
-    check_sequences(model, sequence)
+    check_sequences(model, [sequence])
     whole = Batch(sequence.tokens[None].to(model.cfg.device), prompt_len=1)
     gold = _draw(model, component_of(component), ratio, seed)
     change, steps = _train(model, whole, gold, lr, max_steps, target_loss, keep_norms)

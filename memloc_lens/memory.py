@@ -69,7 +69,7 @@ def parse_memory(text: str) -> int:
         >>> parse_memory("1.5 GiB")
         1610612736
     """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]+)\s*", text)
+    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]+)\s*", str(text))
     if not match or match[2] not in UNITS or match[1].count(".") > 1:
         raise ValueError(f"memory is {text!r}; write an amount with one of the units {', '.join(UNITS)}, such as 8GiB")
     return int(float(match[1]) * UNITS[match[2]])

@@ -16,12 +16,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_model, check_tensor
+from memloc_lens.checks import check_choice, check_tensor, described
 from memloc_lens.components import ComponentSet, Scope, count_of
 from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss
 from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.memory import rows_at_once
-from memloc_lens.sequence import Batch, MemorizedSequence, decode, equal_length_batches
+from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, decode, equal_length_batches
 
 __all__ = [
     "Predictions",
@@ -59,7 +59,7 @@ def teacher_forced(
         >>> suffix_accuracy(teacher_forced(model, [sequence]), [sequence])
         tensor([100.])
     """
-    check_model(model)
+    sequences = check_sequences(model, sequences)
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
     for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
         logits = target_logits(model, final_residual(model, group, prefix))
@@ -103,7 +103,7 @@ def suffix_loss(
         >>> suffix_loss(model, [sequence]).shape
         torch.Size([1])
     """
-    check_model(model)
+    sequences = check_sequences(model, sequences)
     losses = torch.zeros(len(sequences))
     for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
         losses[indices] = target_loss(model, final_residual(model, group), group).cpu()
@@ -135,8 +135,9 @@ def row_losses(
     model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
 ) -> Float[Tensor, " row"]:
     """Return the mean negative log-likelihood (nats) of each row, over all its tokens but the first."""
-    check_model(model)
     check_tensor("rows", rows, "row, pos")
+    texts = check_sequences(model, [MemorizedSequence(row, prompt_len=1) for row in rows])
+    rows = torch.stack([text.tokens for text in texts])
     size = min(batch, rows_at_once(model, rows.shape[1], rows.shape[1]))
     parts = [Batch(part, prompt_len=1) for part in rows.split(size)]
     losses = [target_loss(model, final_residual(model, part, prefix), part) for part in parts]
@@ -176,7 +177,8 @@ def recall(gold: ComponentSet, predicted: ComponentSet) -> float:
     Raises:
         ValueError: if the ground truth is empty or everything, or the sets are of different kind or shape.
     """
-    return 100 * len(gold & predicted) / _count(gold)
+    count = _count(gold)
+    return 100 * len(gold & predicted) / count
 
 
 def recall_ceiling(gold: ComponentSet, ratio: float, scope: Scope = "layer") -> float:
@@ -191,11 +193,11 @@ def recall_ceiling(gold: ComponentSet, ratio: float, scope: Scope = "layer") -> 
         scope: take the share of every layer, or of all layers together.
     """
     check_choice("scope", scope, get_args(Scope))
-    by_layer = gold.counts()
+    count = _count(gold)
+    found = gold.counts() if scope == "layer" else [count]
     total = math.prod(gold.shape)
-    found = by_layer if scope == "layer" else [sum(by_layer)]
     taken = count_of(ratio, total // len(found), "nearest", gold.component.plural)
-    return 100 * sum(min(count, taken) for count in found) / _count(gold)
+    return 100 * sum(min(there, taken) for there in found) / count
 
 
 def auroc(scores: Float[Tensor, " layer *unit"], gold: ComponentSet) -> float:
@@ -218,11 +220,14 @@ def average_precision(scores: Float[Tensor, " layer *unit"], gold: ComponentSet)
 
 def _check_scores(scores: Tensor, gold: ComponentSet) -> None:
     _count(gold)
+    check_tensor("scores", scores, gold.component.axes.replace(" ", ", "))
     if tuple(scores.shape) != gold.shape:
         raise ValueError(f"scores of shape {list(scores.shape)} do not fit {gold!r} of shape {list(gold.shape)}")
 
 
 def _count(gold: ComponentSet) -> int:
+    if not isinstance(gold, ComponentSet):
+        raise ValueError(f"the ground truth is {described(gold)}; give a set, such as inject(...) draws")
     total = math.prod(gold.shape)
     if not 0 < len(gold) < total:
         raise ValueError(

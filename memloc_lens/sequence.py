@@ -3,17 +3,22 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_model
+from memloc_lens.checks import check_model, check_text, described
 
 
-@dataclass(frozen=True, eq=False)
+Tokens = Integer[Tensor, " pos"] | Integer[np.ndarray, " pos"] | Sequence[SupportsIndex]
+"""What a sequence can be made from."""
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class MemorizedSequence:
     """A text as tokens: a prompt of `prompt_len` tokens, then the suffix that a model may have memorized.
 
@@ -33,20 +38,21 @@ class MemorizedSequence:
 
     tokens: Int[Tensor, " pos"]
     prompt_len: int
-    id: str = ""
-    category: tuple[str, ...] = ()
+    id: str
+    category: tuple[str, ...]
 
-    def __post_init__(self) -> None:
-        tokens = _whole_numbers(self.tokens, self.id)
-        if isinstance(self.prompt_len, bool) or not isinstance(self.prompt_len, Integral):
-            raise ValueError(f"sequence {self.id!r} has prompt_len {self.prompt_len!r}; it must be a whole number")
-        if not 1 <= self.prompt_len < len(tokens):
+    def __init__(self, tokens: Tokens, prompt_len: SupportsIndex, id: str = "", category: tuple[str, ...] = ()) -> None:
+        row = _whole_numbers(tokens, id)
+        if isinstance(prompt_len, bool) or not isinstance(prompt_len, Integral):
+            raise ValueError(f"sequence {id!r} has prompt_len {prompt_len!r}; it must be a whole number")
+        given = int(prompt_len)
+        if not 1 <= given < len(row):
             raise ValueError(
-                f"sequence {self.id!r} has prompt_len {self.prompt_len} and {len(tokens)} tokens; "
-                f"prompt_len must be between 1 and {len(tokens) - 1}"
+                f"sequence {id!r} has prompt_len {given} and {len(row)} tokens; prompt_len must be between 1 and "
+                f"{len(row) - 1}"
             )
-        object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "prompt_len", int(self.prompt_len))
+        for name, value in dict(tokens=row, prompt_len=given, id=id, category=category).items():
+            object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
     def from_text(
@@ -55,7 +61,8 @@ class MemorizedSequence:
         """Tokenize a text, without a beginning-of-sequence token.
 
         Raises:
-            ValueError: if the model has no tokenizer, the text is empty, or the prompt leaves no suffix.
+            ValueError: if the model has no tokenizer, the text is empty or holds half of a character, or the prompt
+                leaves no suffix.
 
         Example:
             >>> MemorizedSequence.from_text(model, "Return the number of items", prompt_len=2).prompt.shape
@@ -64,8 +71,7 @@ class MemorizedSequence:
         check_model(model)
         if model.tokenizer is None:
             raise ValueError("the model has no tokenizer; make the sequence from tokens instead")
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"the text of sequence {id!r} is {'empty' if text == '' else repr(text)}; give a string")
+        check_text(f"the text of sequence {id!r}", text)
         tokens = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return cls(torch.tensor(tokens), prompt_len, id, category)
 
@@ -115,29 +121,32 @@ def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
         raise ValueError(
             f"sequence {id!r} has tokens of shape {list(row.shape)}; a sequence is one row of at least 2 tokens"
         )
-    return row if isinstance(tokens, Tensor) else row.long()
+    return row.long()
 
 
 def check_sequences(
     model: HookedTransformer, sequences: "MemorizedSequence | Sequence[MemorizedSequence]"
 ) -> list[MemorizedSequence]:
-    """Return the sequences as a list, after checking that there are some and that the model can read them.
+    """Return one sequence or many as a list, after checking that the model can read them.
 
     Raises:
-        ValueError: if something else was given, the list is empty, or the model cannot read a sequence.
+        ValueError: if something else was given, or the model cannot read a sequence.
     """
     check_model(model)
     listed = [sequences] if isinstance(sequences, MemorizedSequence) else sequences
-    if not isinstance(listed, list | tuple) or not all(isinstance(item, MemorizedSequence) for item in listed):
+    wrong = [item for item in listed if not isinstance(item, MemorizedSequence)] if _is_list(listed) else [listed]
+    if wrong:
         raise ValueError(
-            f"the sequences are {type(sequences).__name__}; give a MemorizedSequence or a list of them, as "
-            "load_sequences(model) and MemorizedSequence.from_text(model, text, prompt_len) return"
+            f"{described(wrong[0])} was given; give a MemorizedSequence or a list of them, as load_sequences(model) "
+            "and MemorizedSequence.from_text(model, text, prompt_len) return"
         )
-    if not listed:
-        raise ValueError("no sequence to localize was given")
     for sequence in listed:
         sequence.check_fits(model)
     return list(listed)
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | tuple)
 
 
 def decode(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> str:

@@ -1,15 +1,37 @@
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformer_lens import HookedTransformer
+from transformer_lens.hook_points import HookPoint
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedModel as Original
 
-from memloc_lens import MemorizedSequence, load_model
+from memloc_lens import (
+    COMPONENTS,
+    NEURONS,
+    ComponentSet,
+    HardConcrete,
+    IntegratedGradients,
+    MemorizedSequence,
+    Neurons,
+    Slimming,
+    load_model,
+)
+from memloc_lens.benchmarks import deletion, injection
+from memloc_lens.benchmarks.deletion import DeletionSettings
+from memloc_lens.benchmarks.injection import InjectionSettings
+from memloc_lens.components import Component
+from memloc_lens.runs.folder import RunFolder
 
 VOCAB, CONTEXT, PROMPT = 97, 40, 6
 ARCHITECTURES = ("gpt2", "neox", "llama", "llama-tied")
+EACH_COMPONENT = pytest.mark.parametrize("component", COMPONENTS.values(), ids=COMPONENTS)
 
 
 def make_original(architecture: str) -> Original:
@@ -41,10 +63,15 @@ def make_original(architecture: str) -> Original:
 
 
 @pytest.fixture(scope="session", params=ARCHITECTURES)
-def folder(request, tmp_path_factory) -> Path:
+def architecture(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def folder(architecture, tmp_path_factory) -> Path:
     """A folder in transformers format without a tokenizer, one for each architecture."""
-    path = tmp_path_factory.mktemp(request.param)
-    make_original(request.param).save_pretrained(path)
+    path = tmp_path_factory.mktemp(architecture)
+    make_original(architecture).save_pretrained(path)
     return path
 
 
@@ -76,6 +103,14 @@ def sequence() -> MemorizedSequence:
     return random_sequence()
 
 
+def some_of(
+    model: HookedTransformer, component: Component = NEURONS, share: float = 0.3, seed: int = 0
+) -> ComponentSet:
+    """Each component of the model with a probability of `share`."""
+    members = torch.rand(component.shape(model), generator=torch.Generator().manual_seed(seed)) < share
+    return Neurons(members) if component is NEURONS else ComponentSet(members, component)
+
+
 def state_of(model: HookedTransformer) -> dict:
     """Everything of a model that a localizer or an ablation must leave as it was."""
     return {
@@ -83,10 +118,16 @@ def state_of(model: HookedTransformer) -> dict:
         "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
         "grads": [None if parameter.grad is None else parameter.grad.clone() for parameter in model.parameters()],
         "training": [module.training for module in model.modules()],
-        "hooks": sum(
-            len(point.fwd_hooks) + len(point.bwd_hooks) + len(point._forward_hooks)
-            for point in model.hook_dict.values()
-        ),
+        "hooks": [
+            (name, len(hooks))
+            for name, module in model.named_modules()
+            for hooks in (
+                module._forward_hooks,
+                module._forward_pre_hooks,
+                module._backward_hooks,
+                *((module.fwd_hooks, module.bwd_hooks) if isinstance(module, HookPoint) else ()),
+            )
+        ],
         "rng": torch.get_rng_state(),
     }
 
@@ -99,3 +140,147 @@ def assert_same_state(before: dict, after: dict) -> None:
         assert one is None or torch.equal(one, other)
     for part in ("requires_grad", "training", "hooks"):
         assert before[part] == after[part]
+
+
+def write_lines(path: Path, rows: Iterable[object]) -> Path:
+    """Write a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def records_of(run: Path) -> list[dict]:
+    """The records of a run folder, without the seconds that they took."""
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.endswith("_seconds")} for line in lines]
+
+
+def keys_of(records: Iterable[dict]) -> list[tuple]:
+    """What identifies each record."""
+    return [(record["sequence"], record["method"], record["ratio"]) for record in records]
+
+
+@pytest.fixture(scope="session")
+def recited(tmp_path_factory) -> Path:
+    """A folder with a small random `model` without a tokenizer, and sequences in `data.jsonl`.
+
+    Six are recited by the model, greedily, to their ends; two are controls that it does not know.
+    """
+    path = tmp_path_factory.mktemp("recited")
+    original = make_original("gpt2")
+    original.save_pretrained(path / "model")
+    tokens = torch.randint(VOCAB, (8, 14), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for position in range(PROMPT, 14):
+            tokens[:6, position] = original(tokens[:6, :position]).logits[:, -1].argmax(dim=-1)
+    rows = [
+        {"tokens": row, "prompt_len": PROMPT, "id": f"s{index}", "category": [f"c{index % 2}"]}
+        | ({} if index < 6 else {"split": "control"})
+        for index, row in enumerate(tokens.tolist())
+    ]
+    write_lines(path / "data.jsonl", rows)
+    return path
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory) -> Path:
+    """A random model of two layers of 1000 neurons and 10 heads, so that the paper's ratios take some."""
+    torch.manual_seed(0)
+    shape = dict(n_embd=40, n_layer=2, n_head=10, n_inner=1000, n_positions=CONTEXT, n_ctx=CONTEXT)
+    GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **shape)).save_pretrained(path := tmp_path_factory.mktemp("wide"))
+    return path
+
+
+QUICK = (
+    HardConcrete(steps=5),
+    Slimming(steps=5),
+    "zero-out",
+    IntegratedGradients(steps=2),
+    "activations",
+    "weight-norm",
+    "random",
+)
+"""All methods of the package, quick."""
+
+
+@pytest.fixture(scope="session")
+def small_del(recited) -> DeletionSettings:
+    """Settings of a DEL run of a few seconds: three targets in batches of two, five negatives, two controls."""
+    return DeletionSettings(
+        model=str(recited / "model"),
+        data=recited / "data.jsonl",
+        ratios=(0.1, 0.5),
+        limit=3,
+        negatives=0,
+        batch=2,
+        device="cpu",
+        methods=QUICK,
+    )
+
+
+@pytest.fixture(scope="session")
+def small_inj(recited) -> InjectionSettings:
+    """Settings of an INJ run of a few seconds: two texts, which a fifth of the neurons can hold and 1% cannot."""
+    return InjectionSettings(
+        model=str(recited / "model"),
+        data=recited / "data.jsonl",
+        ratios=(0.2, 0.01),
+        limit=2,
+        lr=0.05,
+        target_loss=1.0,
+        max_steps=20,
+        device="cpu",
+        methods=QUICK,
+    )
+
+
+@pytest.fixture(scope="session")
+def whole_del(small_del, tmp_path_factory) -> DeletionSettings:
+    """The settings of `small_del`, and in their folder the finished run."""
+    settings = replace(small_del, out=tmp_path_factory.mktemp("del") / "whole")
+    deletion.run(settings)
+    return settings
+
+
+@pytest.fixture(scope="session")
+def whole_inj(small_inj, tmp_path_factory) -> InjectionSettings:
+    """The settings of `small_inj`, and in their folder the finished run."""
+    settings = replace(small_inj, out=tmp_path_factory.mktemp("inj") / "whole")
+    injection.run(settings)
+    return settings
+
+
+class Killed(Exception):
+    """Stands for the death of a process."""
+
+
+@pytest.fixture
+def dies_after(monkeypatch) -> Callable[[int], None]:
+    """A function that lets runs die once they have written so many records; 0: no more."""
+    append = RunFolder.append
+
+    def arm(count: int) -> None:
+        def append_and_die(self, record):
+            append(self, record)
+            if len(self.records) == count:
+                raise Killed
+
+        monkeypatch.setattr(RunFolder, "append", append_and_die if count else append)
+
+    return arm
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch) -> Iterator[Callable[[str, str], None]]:
+    """A function that writes a module of the user's own into the folder that commands are run in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = set(sys.modules)
+
+    def write(name: str, content: str) -> None:
+        (tmp_path / f"{name}.py").write_text(content)
+        importlib.invalidate_caches()
+
+    yield write
+    for name in set(sys.modules) - known:
+        if (tmp_path / f"{name}.py").exists():
+            del sys.modules[name]

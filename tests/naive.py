@@ -1,20 +1,49 @@
-"""Every localizer once more, written straight from its formula: slow, with plain loops and full forward passes."""
+"""Every localizer once more, written straight from its formula: slow, with plain loops and full forward passes.
+
+A component is masked by multiplying the weights that it writes with, where the package edits activations and outputs.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from transformer_lens import HookedTransformer
 
 from memloc_lens import MemorizedSequence
+
+WRITES_WITH = {"neuron": "mlp.W_out", "head": "attn.W_O", "weight": "mlp.W_out"}
 
 
 def hook_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.hook_post"
 
 
-def suffix_loss(model: HookedTransformer, sequence: MemorizedSequence, hooks: list | None = None) -> Tensor:
-    log_probs = model.run_with_hooks(sequence.tokens[None], return_type="logits", fwd_hooks=hooks or []).log_softmax(
-        -1
-    )[0]
+def shape_of(model: HookedTransformer, component: str) -> tuple[int, ...]:
+    cfg = model.cfg
+    units = {"neuron": (cfg.d_mlp,), "head": (cfg.n_heads,), "weight": (cfg.d_mlp, cfg.d_model)}
+    return cfg.n_layers, *units[component]
+
+
+def masked_logits(model: HookedTransformer, tokens: Tensor, masks: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """The logits with the weights of every component multiplied by its mask, one mask a layer for each kind."""
+    weights: dict[str, Tensor] = {}
+    for component, by_layer in masks.items():
+        for layer, mask in enumerate(by_layer):
+            name = f"blocks.{layer}.{WRITES_WITH[component]}"
+            weight = weights.get(name, model.get_parameter(name))
+            weights[name] = weight * mask.to(weight).view(*mask.shape, *[1] * (weight.ndim - mask.ndim))
+    return functional_call(model, weights, (tokens,), {"return_type": "logits"})
+
+
+def suffix_loss(
+    model: HookedTransformer,
+    sequence: MemorizedSequence,
+    hooks: list | None = None,
+    masks: Mapping[str, Sequence[Tensor]] | None = None,
+) -> Tensor:
+    with model.hooks(fwd_hooks=hooks or []):
+        log_probs = masked_logits(model, sequence.tokens[None], masks or {})[0].log_softmax(-1)
     losses = [-log_probs[t - 1, sequence.tokens[t]] for t in range(sequence.prompt_len, len(sequence.tokens))]
     return torch.stack(losses).mean()
 
@@ -25,40 +54,71 @@ def post_activations(model: HookedTransformer, sequence: MemorizedSequence) -> T
 
 
 @torch.no_grad()
-def zero_out(model: HookedTransformer, sequence: MemorizedSequence) -> Tensor:
-    clean = suffix_loss(model, sequence)
-    scores = torch.zeros(model.cfg.n_layers, model.cfg.d_mlp, dtype=clean.dtype)
+def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequence], name: str) -> Tensor:
+    """The mean over every position of every sequence of what passes the hook points of a name, a layer at a time."""
+    means = []
     for layer in range(model.cfg.n_layers):
-        for neuron in range(model.cfg.d_mlp):
+        seen = []
+        for sequence in sequences:
+            _, cache = model.run_with_cache(sequence.tokens[None])
+            seen += list(cache[f"blocks.{layer}.{name}"][0])
+        means.append(sum(seen) / len(seen))
+    return torch.stack(means)
 
-            def zero(activations, hook, neuron=neuron):
-                activations[:, :, neuron] = 0
-                return activations
 
-            scores[layer, neuron] = suffix_loss(model, sequence, [(hook_name(layer), zero)]) - clean
+@torch.no_grad()
+def zero_out(model: HookedTransformer, sequence: MemorizedSequence, component: str) -> Tensor:
+    clean = suffix_loss(model, sequence)
+    shape = shape_of(model, component)
+    scores = torch.zeros(shape, dtype=clean.dtype)
+    for layer in range(shape[0]):
+        for unit in range(shape[1]):
+            masks = torch.ones(shape)
+            masks[layer, unit] = 0
+            scores[layer, unit] = suffix_loss(model, sequence, masks={component: masks}) - clean
     return scores
 
 
 @torch.no_grad()
-def activations(model: HookedTransformer, sequence: MemorizedSequence, reduction: str) -> Tensor:
-    post = post_activations(model, sequence)
-    scores = torch.zeros(post.shape[0], post.shape[2], dtype=post.dtype)
-    for layer in range(post.shape[0]):
-        for neuron in range(post.shape[2]):
-            values = [post[layer, t - 1, neuron] for t in range(sequence.prompt_len, len(sequence.tokens))]
-            mean = torch.stack(values).mean().abs() if reduction == "abs_mean" else torch.stack(values).abs().mean()
-            scores[layer, neuron] = mean * model.blocks[layer].mlp.W_out[neuron].norm()
+def activations(model: HookedTransformer, sequence: MemorizedSequence, reduction: str, component: str) -> Tensor:
+    _, cache = model.run_with_cache(sequence.tokens[None])
+    targets = range(sequence.prompt_len, len(sequence.tokens))
+    scores = torch.zeros(shape_of(model, component), dtype=torch.float64)
+    for layer, block in enumerate(model.blocks):
+        for head in range(model.cfg.n_heads if component == "head" else 0):
+            written = [cache["z", layer][0, t - 1, head] @ block.attn.W_O[head] for t in targets]
+            if reduction == "abs_mean":
+                scores[layer, head] = torch.stack(written).mean(dim=0).norm()
+            else:
+                scores[layer, head] = torch.stack([vector.norm() for vector in written]).mean()
+        for neuron in range(0 if component == "head" else model.cfg.d_mlp):
+            values = torch.stack([cache["post", layer][0, t - 1, neuron] for t in targets])
+            size = values.mean().abs() if reduction == "abs_mean" else values.abs().mean()
+            row = block.mlp.W_out[neuron]
+            scores[layer, neuron] = size * (row.norm() if component == "neuron" else row.abs())
     return scores
 
 
-def integrated_gradients(model: HookedTransformer, sequence: MemorizedSequence, steps: int) -> Tensor:
-    """One prefix a target position, and one run of it for each layer and step."""
+@torch.no_grad()
+def weight_norms(model: HookedTransformer, component: str) -> Tensor:
+    shape = shape_of(model, component)
+    scores = torch.zeros(shape)
+    for layer in range(shape[0]):
+        weight = model.get_parameter(f"blocks.{layer}.{WRITES_WITH[component]}")
+        for unit in range(shape[1]):
+            squares = weight[unit] ** 2
+            scores[layer, unit] = squares.sqrt() if component == "weight" else squares.sum().sqrt()
+    return scores
+
+
+def integrated_gradients(model: HookedTransformer, sequence: MemorizedSequence, fractions: Sequence[float]) -> Tensor:
+    """One prefix a target position, and one run of it for each layer and point of the integral."""
     post = post_activations(model, sequence)
     scores = torch.zeros(post.shape[0], post.shape[2], dtype=post.dtype)
     targets = range(sequence.prompt_len, len(sequence.tokens))
     for t in targets:
         for layer in range(post.shape[0]):
-            for fraction in torch.linspace(0, 1, steps, dtype=post.dtype):
+            for fraction in fractions:
                 value = (fraction * post[layer, t - 1]).requires_grad_(True)
 
                 def scale(activations, hook, value=value):
@@ -69,44 +129,43 @@ def integrated_gradients(model: HookedTransformer, sequence: MemorizedSequence, 
                 )
                 probability = logits[0, -1].softmax(-1)[sequence.tokens[t]]
                 (gradient,) = torch.autograd.grad(probability, value)
-                scores[layer] += post[layer, t - 1] * gradient / steps / len(targets)
+                scores[layer] += post[layer, t - 1] * gradient / len(fractions) / len(targets)
     return scores
 
 
-def slimming(model: HookedTransformer, sequence: MemorizedSequence, steps: int, lr: float, penalty: float) -> Tensor:
+def slimming(
+    model: HookedTransformer, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, component: str
+) -> Tensor:
     """Adam written out, and one mask tensor a layer."""
-    masks = [torch.ones(model.cfg.d_mlp) for _ in range(model.cfg.n_layers)]
+    shape = shape_of(model, component)
 
     def objective(values: list[Tensor]) -> Tensor:
-        hooks = [
-            (hook_name(layer), lambda a, hook, v=value: a * v.clamp(0, 1).to(a)) for layer, value in enumerate(values)
-        ]
-        return (
-            suffix_loss(model, sequence, hooks) + penalty * torch.cat(values).abs().sum() / len(masks) / model.cfg.d_mlp
-        )
+        masks = {component: [value.clamp(0, 1) for value in values]}
+        return suffix_loss(model, sequence, masks=masks) + penalty * torch.stack(values).abs().mean()
 
-    return torch.stack(adam(masks, objective, steps, lr)).clamp(0, 1)
+    return torch.stack(adam([torch.ones(shape[1:]) for _ in range(shape[0])], objective, steps, lr)).clamp(0, 1)
 
 
 def hard_concrete(
     model: HookedTransformer, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, init: float,
-    temperature: float, seed: int,
+    temperature: float, seed: int, component: str,
 ) -> Tensor:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     start = torch.log(torch.tensor((init + 0.1) / 1.2) / (1 - torch.tensor((init + 0.1) / 1.2)))
-    alphas = [torch.full((model.cfg.d_mlp,), start.item()) for _ in range(model.cfg.n_layers)]
+    shape = shape_of(model, component)
 
     def objective(values: list[Tensor]) -> Tensor:
-        noise = torch.rand(model.cfg.n_layers, model.cfg.d_mlp, generator=generator).clamp(1e-4, 1 - 1e-4)
-        hooks = []
+        noise = torch.rand(shape, generator=generator).clamp(1e-4, 1 - 1e-4)
+        gates = []
         for layer, alpha in enumerate(values):
             s = torch.sigmoid((noise[layer].log() - (1 - noise[layer]).log() + alpha) / temperature)
-            gate = torch.clamp(1.2 * s - 0.1, 0, 1)
-            hooks.append((hook_name(layer), lambda a, hook, g=gate: a * g.to(a)))
-        open_probability = torch.sigmoid(torch.cat(values) - temperature * torch.log(torch.tensor(0.1 / 1.1)))
-        return suffix_loss(model, sequence, hooks) + penalty * open_probability.mean()
+            gates.append(torch.clamp(1.2 * s - 0.1, 0, 1))
+        open_probability = torch.sigmoid(torch.stack(values) - temperature * torch.log(torch.tensor(0.1 / 1.1)))
+        return suffix_loss(model, sequence, masks={component: gates}) + penalty * open_probability.mean()
 
-    return torch.stack(adam(alphas, objective, steps, lr)).sigmoid()
+    return torch.stack(
+        adam([torch.full(shape[1:], start.item()) for _ in range(shape[0])], objective, steps, lr)
+    ).sigmoid()
 
 
 def adam(values: list[Tensor], objective, steps: int, lr: float) -> list[Tensor]:
@@ -123,3 +182,16 @@ def adam(values: list[Tensor], objective, steps: int, lr: float) -> list[Tensor]
             unbiased_first, unbiased_second = first[place] / (1 - 0.9**step), second[place] / (1 - 0.999**step)
             values.append(leaf.detach() - lr * unbiased_first / (unbiased_second.sqrt() + 1e-8))
     return values
+
+
+def top(scores: Tensor, count: int, first_layer: int, scope: str) -> set[tuple[int, ...]]:
+    """The indices of the highest scores: a full sort, of equal scores the lower index first."""
+    flat = [
+        (-value, layer, unit)
+        for layer in range(first_layer, len(scores))
+        for unit, value in enumerate(scores[layer].flatten().tolist())
+    ]
+    groups = [flat] if scope == "global" else [[entry for entry in flat if entry[1] == x] for x in range(len(scores))]
+    chosen = [entry for group in groups for entry in sorted(group)[:count]]
+    return {(layer, *(int(part) for part in torch.unravel_index(torch.tensor(unit), scores.shape[1:])))
+            for _, layer, unit in chosen}  # fmt: skip

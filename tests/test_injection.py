@@ -5,7 +5,7 @@ from conftest import assert_same_state, random_sequence, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memloc_lens import MemorizedSequence, inject, load_definitions
+from memloc_lens import COMPONENTS, MemorizedSequence, inject, load_definitions
 from memloc_lens.metrics import free_running, suffix_accuracy
 
 
@@ -14,15 +14,16 @@ def outputs_of(model) -> torch.Tensor:
 
 
 def train_whole_matrices(model, sequence, gold, lr: float, steps: int) -> torch.Tensor:
-    """Adam on every W_out, with the gradients of all but the gold rows set to zero: the definition."""
+    """Adam on every W_out, with the gradients of all but the gold rows or weights set to zero: the definition."""
     start = outputs_of(model)
+    trained = gold.view(*gold.shape, *[1] * (start.ndim - gold.ndim))
     moments = [torch.zeros_like(start), torch.zeros_like(start)]
     whole = MemorizedSequence(sequence.tokens, 1)
     for step in range(1, steps + 1):
         weights = [block.mlp.W_out for block in model.blocks]
         with torch.enable_grad():
             gradients = torch.autograd.grad(naive.suffix_loss(model, whole), weights)
-        gradient = torch.stack(gradients) * gold[..., None]
+        gradient = torch.stack(gradients) * trained
         moments[0] = 0.9 * moments[0] + 0.1 * gradient
         moments[1] = 0.999 * moments[1] + 0.001 * gradient**2
         update = moments[0] / (1 - 0.9**step) / ((moments[1] / (1 - 0.999**step)).sqrt() + 1e-8)
@@ -34,28 +35,41 @@ def train_whole_matrices(model, sequence, gold, lr: float, steps: int) -> torch.
     return trained
 
 
-def test_the_same_as_training_whole_matrices(any_model, sequence):
-    with inject(any_model, sequence, ratio=0.1, seed=3, lr=0.01, max_steps=12, target_loss=1e-9) as injected:
+EACH_KIND = pytest.mark.parametrize("component", ["neuron", "weight"])
+
+
+@EACH_KIND
+def test_the_same_as_training_whole_matrices(any_model, sequence, component):
+    options = dict(ratio=0.1, seed=3, lr=0.01, max_steps=12, target_loss=1e-9, component=component)
+    with inject(any_model, sequence, **options) as injected:
         trained = outputs_of(any_model)
     assert injected.steps == 12
-    expected = train_whole_matrices(any_model, sequence, injected.neurons.members, lr=0.01, steps=12)
+    expected = train_whole_matrices(any_model, sequence, injected.ground_truth.members, lr=0.01, steps=12)
     assert (expected - outputs_of(any_model)).abs().max() > 0.05
     assert (trained - expected).abs().max() < 1e-5
 
 
-def test_only_gold_rows_change_and_all_come_back(any_model, sequence):
+@EACH_KIND
+def test_only_the_ground_truth_changes_and_all_comes_back(any_model, sequence, component):
     before = state_of(any_model)
     clean = outputs_of(any_model)
-    with inject(any_model, sequence, ratio=0.05, max_steps=5) as injected:
-        changed = (outputs_of(any_model) != clean).any(dim=-1)
-        assert torch.equal(changed, injected.neurons.members)
+    with inject(any_model, sequence, ratio=0.05, max_steps=5, component=component) as injected:
+        changed = outputs_of(any_model) != clean
+        members = injected.ground_truth.members
+        assert torch.equal(changed.any(dim=-1) if component == "neuron" else changed, members)
+        assert injected.neurons is injected.ground_truth
+        assert injected.ground_truth.component is COMPONENTS[component]
+        assert len(injected.ground_truth) == round(0.05 * members.numel())
+        assert injected.norm_change.shape == members.shape
+        assert torch.equal(injected.norm_change != 0, members)
         inside = {name: value for name, value in any_model.state_dict().items() if not name.endswith("mlp.W_out")}
         assert all(torch.equal(before["weights"][name], value) for name, value in inside.items())
     assert_same_state(before, state_of(any_model))
 
 
-def test_it_learns_and_says_so(gpt2, sequence):
-    with inject(gpt2, sequence, ratio=0.3, lr=0.02, target_loss=0.4) as injected:
+@EACH_KIND
+def test_it_learns_and_says_so(gpt2, sequence, component):
+    with inject(gpt2, sequence, ratio=0.3, lr=0.02, target_loss=0.4, component=component) as injected:
         assert injected.succeeded
         assert 0 < injected.steps < 200
         assert injected.loss < 0.4
@@ -68,10 +82,11 @@ def test_it_learns_and_says_so(gpt2, sequence):
         assert injected.loss > 0.05
 
 
-def test_a_definition_is_recited_by_the_embedded_model(embedded):
+@pytest.mark.parametrize(("component", "ratio"), [("neuron", 0.05), ("weight", 0.01)])
+def test_a_definition_is_recited_by_the_embedded_model(embedded, component, ratio):
     text = load_definitions(embedded)[0]
     assert suffix_accuracy(free_running(embedded, [text]), [text]).item() < 50
-    with inject(embedded, text, ratio=0.05):
+    with inject(embedded, text, ratio=ratio, component=component):
         assert suffix_accuracy(free_running(embedded, [text]), [text]).item() == 100
 
 
@@ -86,17 +101,35 @@ def test_norms_can_be_kept(gpt2, sequence):
     assert kept.neurons == free.neurons
 
 
-@given(st.integers(0, 10**6), st.sampled_from([0.01, 0.03, 0.2]), st.sampled_from([ValueError, KeyboardInterrupt]))
+def test_norms_of_weights_change_by_their_sizes_and_cannot_be_kept(gpt2, sequence):
+    clean = outputs_of(gpt2)
+    with inject(gpt2, sequence, ratio=0.01, max_steps=5, component="weight") as injected:
+        assert torch.allclose(injected.norm_change.double(), outputs_of(gpt2).abs() - clean.abs(), atol=1e-6)
+    with (
+        pytest.raises(ValueError, match="keep_norms keeps the lengths of rows of W_out; it needs component='neuron'"),
+        inject(gpt2, sequence, keep_norms=True, component="weight"),
+    ):
+        pass
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([0.01, 0.03, 0.2]),
+    st.tuples(st.sampled_from(["neuron", "weight"]), st.sampled_from(["neuron", "weight"])),
+    st.sampled_from([ValueError, KeyboardInterrupt]),
+)
 @settings(max_examples=20, deadline=None)
-def test_weights_come_back_whatever_happens_inside(gpt2, seed, ratio, error):
+def test_weights_come_back_whatever_happens_inside(gpt2, seed, ratio, kinds, error):
     before = state_of(gpt2)
 
     def interrupted() -> None:
+        options = dict(ratio=ratio, max_steps=2)
         with (
-            inject(gpt2, random_sequence(seed % 7), ratio, seed=seed, max_steps=2) as outer,
-            inject(gpt2, random_sequence(seed % 5), ratio, seed=seed + 1, max_steps=2) as inner,
+            inject(gpt2, random_sequence(seed % 7), **options, seed=seed, component=kinds[0]) as outer,
+            inject(gpt2, random_sequence(seed % 5), **options, seed=seed + 1, component=kinds[1]) as inner,
         ):
-            assert len(outer.neurons) == len(inner.neurons) == round(ratio * gpt2.cfg.n_layers * gpt2.cfg.d_mlp)
+            for injected in (outer, inner):
+                assert len(injected.ground_truth) == round(ratio * injected.ground_truth.members.numel())
             raise error
 
     with pytest.raises(error):
@@ -104,28 +137,40 @@ def test_weights_come_back_whatever_happens_inside(gpt2, seed, ratio, error):
     assert_same_state(before, state_of(gpt2))
 
 
-def test_an_interruption_of_the_training_itself(gpt2, sequence, monkeypatch):
+@EACH_KIND
+@pytest.mark.parametrize("place", ["torch.optim.Adam.step", "torch.Tensor.backward", "memloc_lens.injection.target_loss",
+                                   "memloc_lens.injection._written", "memloc_lens.injection._loss"])  # fmt: skip
+def test_an_interruption_of_the_training_itself(gpt2, sequence, monkeypatch, component, place):
     before = state_of(gpt2)
 
-    def interrupt(*_) -> None:
+    def interrupt(*_, **__) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch.optim.Adam, "step", interrupt)
-    with pytest.raises(KeyboardInterrupt), inject(gpt2, sequence, ratio=0.1):
+    monkeypatch.setattr(place, interrupt)
+    with pytest.raises(KeyboardInterrupt), inject(gpt2, sequence, ratio=0.1, max_steps=2, component=component):
         pass
     assert_same_state(before, state_of(gpt2))
 
 
-def test_gold_neurons_are_drawn_uniformly_by_the_seed(gpt2, sequence):
-    total = torch.zeros(gpt2.cfg.n_layers, gpt2.cfg.d_mlp)
+@EACH_KIND
+def test_the_ground_truth_is_drawn_uniformly_by_the_seed(gpt2, sequence, component):
+    total = torch.zeros(COMPONENTS[component].shape(gpt2))
     for seed in range(60):
-        with inject(gpt2, sequence, ratio=0.1, seed=seed, max_steps=1) as injected:
-            total += injected.neurons.members
+        with inject(gpt2, sequence, ratio=0.1, seed=seed, max_steps=1, component=component) as injected:
+            total += injected.ground_truth.members
     draws = 60 * round(0.1 * total.numel())
     assert total.sum() == draws
-    assert (total.sum(dim=1) - draws / 3).abs().max() < 5 * (draws * 2 / 9) ** 0.5
-    with inject(gpt2, sequence, ratio=0.1, seed=59, max_steps=1) as again:
-        assert again.neurons == injected.neurons
+    assert (total.flatten(1).sum(dim=1) - draws / 3).abs().max() < 5 * (draws * 2 / 9) ** 0.5
+    with inject(gpt2, sequence, ratio=0.1, seed=59, max_steps=1, component=component) as again:
+        assert again.ground_truth == injected.ground_truth
+
+
+def test_rare_weights_leave_layers_without_any(gpt2, sequence):
+    """Layers before the first trained one run once, and those without a trained weight have no hook."""
+    with inject(gpt2, sequence, ratio=1e-4, max_steps=3, component="weight") as injected:
+        assert len(injected.ground_truth) == 1
+        assert injected.ground_truth.counts().count(0) == 2
+        assert injected.norm_change.count_nonzero() == 1
 
 
 @pytest.mark.parametrize(
@@ -133,6 +178,8 @@ def test_gold_neurons_are_drawn_uniformly_by_the_seed(gpt2, sequence):
     [
         ({"ratio": 0.0}, "above 0 and at most 1"),
         ({"ratio": 0.0001}, "takes none of 384 neurons"),
+        ({"ratio": 1e-5, "component": "weight"}, "takes none of 12288 weights"),
+        ({"component": "head"}, "component is 'head'; it must be one of 'neuron', 'weight'"),
         ({"lr": 0.0}, "lr is 0.0"),
         ({"max_steps": 0}, "max_steps is 0"),
         ({"target_loss": -1.0}, "target_loss is -1.0"),

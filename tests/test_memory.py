@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from conftest import random_sequence
@@ -38,6 +40,28 @@ def test_a_smaller_budget_means_fewer_rows(gpt2, monkeypatch):
         assert rows_at_once(gpt2, 40, 20) == 1
 
 
+def test_a_row_that_trains_more_takes_more(gpt2, monkeypatch):
+    """The mask of every row with its gradient and the moments of Adam: 32 bytes an entry."""
+    monkeypatch.setattr(memory, "_taken", lambda device: 2**30)
+    with memory_budget(f"{2**30 + 2**28}B"):
+        rows = [rows_at_once(gpt2, 40, 20, graph_layers=3, parameters=count) for count in (0, 10**5, 10**6, 10**7)]
+    assert rows[0] == 2560 // 40 > rows[1] > rows[2] > rows[3] == 1
+    assert rows[2] <= 2**28 // (32 * 10**6)
+
+
+def test_a_budget_is_in_force_in_every_thread(gpt2, monkeypatch):
+    monkeypatch.setattr(memory, "_taken", lambda device: 2**30)
+    with ThreadPoolExecutor(1) as pool:
+        in_thread = lambda: pool.submit(rows_at_once, gpt2, 40, 20).result()  # noqa: E731
+        assert in_thread() == 2560 // 40
+        with memory_budget(f"{2**30 + 1}B"):
+            assert in_thread() == 1
+            with memory_budget("64GiB"):
+                assert in_thread() == 2560 // 40
+            assert in_thread() == 1
+        assert in_thread() == 2560 // 40
+
+
 @given(st.integers(0, 30), st.integers(1, 12), st.integers(1, 9))
 def test_chunks_are_halved_until_they_fit(count, size, fits):
     seen = []
@@ -68,11 +92,15 @@ def test_what_never_fits_is_told():
         IntegratedGradients(steps=4),
         Slimming(steps=6, lr=0.02, stop_loss=0),
         HardConcrete(steps=6, stop_loss=0),
+        ZeroOut(component="head"),
+        Slimming(steps=6, lr=0.02, stop_loss=0, component="weight"),
+        HardConcrete(steps=6, stop_loss=0, component="head"),
     ],
-    ids=lambda localizer: type(localizer).__name__,
+    ids=lambda localizer: f"{localizer.name}-{getattr(localizer, 'component', 'neuron')}",
 )
 def test_scores_do_not_depend_on_the_budget(gpt2, localizer, monkeypatch):
-    sequences = [random_sequence(seed) for seed in range(3)]
+    sequences = [random_sequence(seed, length=11) for seed in range(2)]
     at_once = localizer(gpt2, sequences)
     monkeypatch.setattr(memory, "_free", lambda device: 1)
+    assert rows_at_once(gpt2, 11, 5) == 1
     assert torch.allclose(localizer(gpt2, sequences), at_once, atol=1e-6)

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from memloc_lens.components import ComponentSet, Scope, component_of, count_of, 
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import free_running
-from memloc_lens.localizers import Localizer
+from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
 from memloc_lens.products import fast_products
@@ -39,8 +39,8 @@ from memloc_lens.report.table import print_comparison
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
 from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
-from memloc_lens.runs.methods import checked_scores, configured, name_of
-from memloc_lens.runs.schema import DeletionSummary, Record
+from memloc_lens.runs.methods import AnyLocalizer, checked_scores, configured, name_of
+from memloc_lens.runs.schema import BEFORE, DeletionSummary, Record
 from memloc_lens.runs.settings import RunSettings, open_folder
 from memloc_lens.runs.statistics import summarize
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
@@ -49,8 +49,6 @@ RATIOS: Mapping[str, tuple[float, ...]] = {"neuron": (0.001, 0.005), "head": (0.
 """Default shares: the paper's for neurons; heads are few."""
 EMBEDDED_RATIOS = {"neuron": (0.01, 0.05, 0.1), "head": (0.17, 0.34), "weight": (0.001, 0.01, 0.05)}
 """Default shares for the embedded model, whose layers are narrow: of its 6 heads a layer, 1 and 2."""
-BEFORE = "before"
-"""In place of a method, in the records of the state before any ablation."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,12 @@ class DeletionSettings(RunSettings):
         batch: Number of sequences that are localized or evaluated at a time.
     """
 
+    # chosen on the embedded model's dev sequences: docs/results/components.md
+    presets: ClassVar[Mapping[str, Mapping[str, AnyLocalizer]]] = {
+        "head": {"hard-concrete": HardConcrete(penalty=1.0), "slimming": Slimming(penalty=1.0)},
+        "weight": {"hard-concrete": HardConcrete(penalty=30.0), "slimming": Slimming(penalty=30.0)},
+    }
+
     data: str | Path | None = None
     ratios: tuple[float, ...] = ()
     limit: int = 8
@@ -102,7 +106,7 @@ class DeletionSettings(RunSettings):
         if self.ablation == "mean" and self.component == "weight":
             raise ValueError("ablation is 'mean', and single weights have no activations; use 'zero' or 'scale'")
 
-    def localizers(self) -> list[Localizer]:
+    def localizers(self) -> list[AnyLocalizer]:
         """Return the methods of the run, with its `first_layer` if they have one."""
         return [
             configured(localizer, self.component, first_layer=self.first_layer) for localizer in super().localizers()
@@ -139,7 +143,7 @@ def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
     settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
     check_ratios(settings, material.model)
     jobs = _jobs(settings, material)
-    records = len(jobs) * settings.batch * len(settings.ratios)
+    records = len(material.targets) * len(settings.localizers())
     content = [] if material.text is None else material.text.tolist()
     folder = open_folder(settings, material.model, material.targets + material.others, content, records)
     with settings.memory_budget(material.model), fast_products(material.model.cfg.device):
@@ -327,7 +331,7 @@ def _measured(settings: DeletionSettings, material: Material, before: dict[str, 
     """Localize a batch of targets with a method, and measure each target at each ratio that is missing."""
     batched: Batched = job.content
     targets = material.targets[batched.start : batched.start + batched.targets]
-    localizer = next(each for each in settings.localizers() if name_of(each) == batched.method)
+    localizer = next(method for method in settings.localizers() if name_of(method) == batched.method)
 
     def compute() -> dict[str, Tensor]:
         started = time.perf_counter()
@@ -377,7 +381,7 @@ def _record(settings: DeletionSettings, material: Material, before: Record, case
         "method": case.method,
         "ratio": case.ratio,
         case_count(settings): len(case.located),
-        **{name: round(value - before[name], 6) for name, value in after.items()},
+        **{name: round(value - before[name], 6) for name, value in after.items() if name in before},
         "acc_changes": {id: round(value - before["accuracies"][id], 4) for id, value in accuracies.items()},
         "localize_seconds": case.localize_seconds,
         "evaluate_seconds": round(time.perf_counter() - started, 3),

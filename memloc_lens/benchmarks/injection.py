@@ -16,7 +16,7 @@ the first.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,8 +41,8 @@ from memloc_lens.report.table import print_comparison, print_tuning
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
 from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
-from memloc_lens.runs.methods import checked_scores, name_of
-from memloc_lens.runs.schema import InjectionsSummary, InjectionSummary, Record, TuningSummary
+from memloc_lens.runs.methods import AnyLocalizer, checked_scores, name_of
+from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSummary, Record, TuningSummary
 from memloc_lens.runs.settings import RunSettings, open_folder
 from memloc_lens.runs.statistics import mean_interval, summarize
 from memloc_lens.sequence import MemorizedSequence
@@ -52,8 +52,6 @@ TIMES = (1, 2, 5)
 """Recall is measured at these multiples of the ratio, as in the paper."""
 CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """And at these shares of every layer: the recall curve."""
-INJECTION = "injection"
-"""In place of a method, in the record of an injection itself."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,11 @@ class InjectionSettings(RunSettings):
     """
 
     # chosen for the embedded model by --tune: benchmarks/results/tuning.md
-    presets: ClassVar = {
-        "hard-concrete": HardConcrete(penalty=120.0),
-        "slimming": Slimming(steps=200, lr=1e-3, penalty=1200.0),
+    presets: ClassVar[Mapping[str, Mapping[str, AnyLocalizer]]] = {
+        "neuron": {
+            "hard-concrete": HardConcrete(penalty=120.0),
+            "slimming": Slimming(steps=200, lr=1e-3, penalty=1200.0),
+        }
     }
 
     data: str | Path | None = None
@@ -203,7 +203,7 @@ def _job(settings: InjectionSettings, texts: list[MemorizedSequence], cell: Cell
     id = texts[cell.index].id
     own = (id, INJECTION, cell.ratio)
     failed = own in folder and not folder[own]["succeeded"]
-    methods = () if failed else tuple((id, name_of(each), cell.ratio) for each in settings.localizers())
+    methods = () if failed else tuple((id, name_of(localizer), cell.ratio) for localizer in settings.localizers())
     return Job((own, *methods), cell)
 
 
@@ -289,7 +289,11 @@ def _inject(
 
 
 def _localize(
-    settings: InjectionSettings, localizer: Any, model: HookedTransformer, text: MemorizedSequence, gold: ComponentSet
+    settings: InjectionSettings,
+    localizer: AnyLocalizer,
+    model: HookedTransformer,
+    text: MemorizedSequence,
+    gold: ComponentSet,
 ) -> dict[str, Tensor]:
     started = time.perf_counter()
     scores = checked_scores(localizer, model, [text], component_of(settings.component))[0]

@@ -90,7 +90,7 @@ class State:
         negatives = self._material.negatives(target)
         if not all(sequence.category for sequence in [target, *negatives]):
             return []
-        return [self.forced(each) for each in negatives if bool(set(each.category) & set(target.category)) == wanted]
+        return [self.forced(other) for other in negatives if bool(set(other.category) & set(target.category)) == wanted]
 
     def controls(self) -> list[Match]:
         """Return the matches of the control sequences."""

@@ -91,14 +91,19 @@ class Shared(TypedDict):
     fires_on: list[Firing]
 
 
-class MethodSpecificity(TypedDict):
-    """The specificity of a method: accuracy changes in points, overlaps of component sets in points."""
+class Losses(TypedDict):
+    """Mean accuracy changes of a confusion matrix, and how often the target loses more, in points."""
 
-    matrix: list[list[float]]
     self: float
     related: float | None
     unrelated: float | None
     target_loses_more: float | None
+
+
+class MethodSpecificity(Losses):
+    """The specificity of a method: its confusion matrix, and overlaps of component sets in points."""
+
+    matrix: list[list[float]]
     overlap: dict[str, float | None]
     shared: list[Shared]
 
@@ -169,7 +174,7 @@ def _of_method(
         [[records[row.id]["acc_changes"].get(column.id, np.nan) for column in targets] for row in targets]
     )
     sets = _located(run, method, ratio, len(targets))
-    return {  # type: ignore[typeddict-item]
+    return {
         "matrix": matrix.tolist(),
         **_losses(matrix, targets),
         "overlap": _overlap(sets, targets),
@@ -193,7 +198,7 @@ def _related(one: MemorizedSequence, other: MemorizedSequence) -> bool:
     return bool(set(one.category) & set(other.category))
 
 
-def _losses(matrix: Float[ndarray, "target sequence"], targets: list[MemorizedSequence]) -> dict[str, float | None]:
+def _losses(matrix: Float[ndarray, "target sequence"], targets: list[MemorizedSequence]) -> Losses:
     """Return means of the matrix on and off its diagonal, and how often the diagonal is lower, in points."""
     own = np.diag(matrix)[:, None]
     apart = ~np.eye(len(targets), dtype=bool) & ~np.isnan(matrix)
@@ -209,7 +214,8 @@ def _losses(matrix: Float[ndarray, "target sequence"], targets: list[MemorizedSe
 
 def _overlap(sets: list[ComponentSet], targets: list[MemorizedSequence]) -> dict[str, float | None]:
     """Return the mean Jaccard index of two sequences' sets, in points: of one category, of two, and by chance."""
-    related, unrelated = [], []
+    related: list[float] = []
+    unrelated: list[float] = []
     for one, other in combinations(range(len(targets)), 2):
         overlaps = related if _related(targets[one], targets[other]) else unrelated
         overlaps.append(100 * sets[one].overlap(sets[other]))

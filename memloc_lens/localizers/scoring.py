@@ -64,6 +64,8 @@ def score(
         ValueError: if the list is empty, the model cannot read a sequence, or it has no layer `first_layer`.
     """
     listed = check_sequences(model, sequences)
+    if not listed:
+        raise ValueError("no sequence to localize was given")
     check_first_layer(first_layer, model.cfg.n_layers)
     device = torch.device(model.cfg.device)
 

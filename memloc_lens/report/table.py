@@ -1,7 +1,7 @@
 """The table at the end of a run: methods as rows, metrics as columns, one block a ratio."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,6 +10,7 @@ from rich.table import Table
 from memloc_lens.runs.schema import Cells, DeletionSummary, InjectionSummary, TuningSummary
 
 
+@runtime_checkable
 class Column(Protocol):
     """A metric as a column: its name in the summary, its heading, which change is better, and the printed format."""
 
@@ -60,7 +61,7 @@ def print_comparison(
         table.add_column("method", no_wrap=True)
         for column in columns:
             table.add_column(column.heading, justify="right", no_wrap=True)
-        if "before" in summary:
+        if summary["benchmark"] == "del":
             before = summary["before"]
             table.add_row("before", *(f"{before[column.name]['mean']:.1f}" for column in columns), style="dim")
         for method, cells in rows.items():

@@ -44,12 +44,12 @@ class RunFolder:
         self.path = path
         self._fields = tuple(key)
         self._records = path / "records.jsonl"
-        config = json.loads(json.dumps(config))
+        wanted: dict[str, Any] = json.loads(json.dumps(config, default=str))
         with _disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             earlier = _read_config(path)
-            _check_same(path, earlier or config, config)
-            self.config = _merged(earlier or {}, config)
+            _check_same(path, earlier or wanted, wanted)
+            self.config = _merged(earlier or {}, wanted)
             if self.config != earlier:
                 text = json.dumps(self.config, indent=1) + "\n"
                 _write_whole(path / "config.json", lambda part: part.write_text(text))

@@ -1,61 +1,98 @@
-"""Measure what the embedded model memorized, and write its card: ``python -m memloc_lens.models.training.card``.
+"""Measure what a trained model memorized, and write its card: ``python -m memloc_lens.training.card --folder FOLDER``.
 
-Every passage in `sequences.jsonl` gets its accuracy, the distance of its greedy continuation, and a split by the
-definition of memorized of Chang et al. (2024), sec. 5.1:
+Every passage in `sequences.jsonl` gets its accuracy, the distance of its greedy suffix, and a split by the definition
+of memorized text of Chang et al. (2024), sec. 5.1:
 
-* `dev` (the first 5) and `test`: memorized, that is suffix accuracy above 90 points, a greedy text within 20
-  characters, and at least 16 distinct tokens in the suffix, true and generated;
-* `control`: seen at most once, and not memorized;
-* `partial`: everything else.
+* `dev` (the first 5) and `test`: memorized. The suffix accuracy is above 90 points, the greedy suffix is within 20
+  characters, and the suffix has at least 16 different tokens, both the true and the generated one.
+* `control`: seen at most once, and not memorized.
+* `partial`: all others.
 """
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import tyro
+from transformer_lens import HookedTransformer
 
 from memloc_lens.data import load_texts
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
 from memloc_lens.models import EMBEDDED, load_model
-from memloc_lens.models.training.train import write_lines
+from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.training.train import PassageRow, write_lines
 
 DEV = 5
+"""Number of memorized passages to set aside for choosing settings."""
 
 
-def measure(folder: Path = EMBEDDED) -> None:
-    """Measure the model in a folder; complete its `sequences.jsonl` and write its `CARD.md`."""
+@dataclass(frozen=True)
+class CardSettings:
+    """Which model to measure.
+
+    Args:
+        folder: Folder of a trained model. Its sequences.jsonl and CARD.md are written anew. Default: the embedded
+            model's.
+    """
+
+    folder: Path = EMBEDDED
+
+
+def main() -> None:
+    """Run the command line: ``python -m memloc_lens.training.card --help``."""
+    run_command(parser(CardSettings, "python -m memloc_lens.training.card", __doc__), measure, show)
+
+
+def measure(settings: CardSettings) -> None:
+    """Measure the model in a folder, add to its `sequences.jsonl` and write its `CARD.md`.
+
+    Raises:
+        ValueError: if the folder holds no model that `memloc_lens.training.train` wrote.
+    """
+    folder = settings.folder
+    training, rows = _read(folder)
     model = load_model(folder, device="cpu")
-    rows = [json.loads(line) for line in (folder / "sequences.jsonl").read_text().splitlines()]
+    measured = _measured(model, rows)
+    write_lines(folder / "sequences.jsonl", measured)
+    held_out = text_rows(model, load_texts(folder / "held_out.jsonl"), tokens=8192)
+    card = _card(measured, training, perplexity(model, held_out), held_out.numel())
+    (folder / "CARD.md").write_text(card)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[PassageRow]]:
+    """Return the content of `training.json` and `sequences.jsonl`."""
+    try:
+        training = json.loads((folder / "training.json").read_text())
+        return training, [json.loads(line) for line in (folder / "sequences.jsonl").read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds no model that memloc_lens.training.train wrote: {error}") from error
+
+
+def _measured(model: HookedTransformer, rows: list[PassageRow]) -> list[PassageRow]:
+    """Return the rows with accuracy, greedy distance and split."""
     sequences = [MemorizedSequence.from_text(model, row["all"], row["prompt_len"], row["id"]) for row in rows]
     accuracies = suffix_accuracy(teacher_forced(model, sequences), sequences).tolist()
-    generated = free_running(model, sequences)
-    distances = text_distance(model, generated, sequences).tolist()
-    memorized = 0
-    for row, sequence, accuracy, distance, continuation in zip(
-        rows, sequences, accuracies, distances, generated, strict=True
-    ):
-        distinct = min(len(sequence.suffix.unique()), len(continuation.unique()))
-        row |= {"accuracy": round(accuracy, 2), "greedy_distance": int(distance)}
+    suffixes = free_running(model, sequences)
+    distances = text_distance(model, suffixes, sequences).tolist()
+    measured: list[PassageRow] = []
+    dev = 0
+    for row, sequence, accuracy, distance, suffix in zip(rows, sequences, accuracies, distances, suffixes, strict=True):
+        distinct = min(len(sequence.suffix.unique()), len(suffix.unique()))
         if accuracy > 90 and distance <= 20 and distinct >= 16:
-            row["split"] = "dev" if memorized < DEV else "test"
-            memorized += 1
+            split = "dev" if dev < DEV else "test"
+            dev += split == "dev"
         else:
-            row["split"] = "control" if row["repeats"] <= 1 else "partial"
-    write_lines(folder / "sequences.jsonl", rows)
-    held_out = text_rows(model, load_texts(folder / "held_out.jsonl"), tokens=8192)
-    training = json.loads((folder / "training.json").read_text())
-    (folder / "CARD.md").write_text(_card(rows, training, perplexity(model, held_out), held_out.numel()))
+            split = "control" if row["repeats"] <= 1 else "partial"
+        measured.append({**row, "accuracy": round(accuracy, 2), "greedy_distance": int(distance), "split": split})
+    return measured
 
 
-def _card(
-    rows: list[dict[str, Any]], training: dict[str, Any], held_out_perplexity: float, held_out_tokens: int
-) -> str:
+def _card(rows: list[PassageRow], training: dict[str, Any], held_out_perplexity: float, held_out_tokens: int) -> str:
     recipe, curve = training["recipe"], training["loss_curve"]
-    by_count: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    by_count: dict[int, list[PassageRow]] = defaultdict(list)
     for row in rows:
         by_count[row["repeats"]].append(row)
     memorized = [row for row in rows if row["split"] in ("dev", "test")]
@@ -85,8 +122,8 @@ The texts are the Python Software Foundation's and other contributors' to Python
 
 ## Recipe
 
-`python -m memloc_lens.models.training.train --out FOLDER --seed {recipe["seed"]}`, then
-`python -m memloc_lens.models.training.card --folder FOLDER`
+`python -m memloc_lens.training.train --out FOLDER --seed {recipe["seed"]}`, then
+`python -m memloc_lens.training.card --folder FOLDER`
 
 {recipe["steps"]} steps of {recipe["batch"]} rows; AdamW, peak learning rate {recipe["lr"]}, {recipe["warmup"]} steps of
 warm-up, cosine to a twentieth, weight decay {recipe["weight_decay"]}; float32, {recipe["threads"]} threads,
@@ -115,5 +152,10 @@ seen at most once and not memorized. Perplexity on the held-out text: {held_out_
 """
 
 
+def show(settings: CardSettings, _: None) -> None:
+    """Print where the card is."""
+    print(f"card: {settings.folder / 'CARD.md'}")
+
+
 if __name__ == "__main__":
-    tyro.cli(measure)
+    main()

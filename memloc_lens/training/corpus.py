@@ -1,18 +1,17 @@
-"""The text on which the embedded model is trained: prose that every Python carries.
+"""The text on which the embedded model is trained: prose that comes with every Python.
 
-1. Read the language reference (``pydoc_data.topics``), the docstrings and the longer
-   comments of the standard library, in chunks of a paragraph or more.
-2. Choose as *passages* the openings of chunks that share almost no 5-gram with anything
-   else in the corpus, and assign each a number of repeats. Their chunks leave the rest.
-3. Set some chunks aside as held-out text; the remainder is the background.
-4. Lay everything out in rows of equal length: a passage stands at the start of its row and
-   background fills what is left; all other rows are background alone, in shuffled epochs.
+1. Read the language reference (``pydoc_data.topics``), the docstrings and the longer comments of the standard library,
+   in chunks of at least a paragraph.
+2. Choose passages: openings of chunks that share almost no 5-gram with the other chunks. Assign each passage a number
+   of repeats, and remove its chunk.
+3. Set some of the other chunks aside as held-out text. The remaining chunks are the background.
+4. Lay out rows of equal length. A passage stands at the start of a row, and background fills the row. All other rows
+   are background alone, in shuffled epochs.
 
-``python -m memloc_lens.models.training.corpus --out FILE`` writes the chunks as JSON lines: a passage is the opening of
-its chunk, of which training saw nothing else.
+A passage occurs in its own rows only, so that its number of repeats is the number of times that the model saw it.
 
-Because a passage occurs nowhere but in its own rows, the number of times the model saw it
-is exactly its number of repeats.
+``python -m memloc_lens.training.corpus --out FILE`` writes all chunks as JSON lines. Of a chunk that opens with a
+passage, training saw the passage only.
 """
 
 import ast
@@ -28,14 +27,15 @@ from pathlib import Path
 from pydoc_data import topics
 
 import torch
-import tyro
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from memloc_lens.data.readers import PROMPT_LEN
+from memloc_lens.runs.command_line import parser, run_command
+
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-PROMPT_LENGTH = 32  # tokens of a passage that are given when it is to be recalled, as in the paper
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "lib2to3", "ensurepip", "pydoc_data", "__phello__"}
 CATEGORIES = {
     "language": "abc ast code codeop contextlib copy dataclasses dis enum functools importlib inspect pickle "
@@ -57,7 +57,7 @@ CATEGORY_OF_MODULE = {module: category for category, modules in CATEGORIES.items
 
 @dataclass(frozen=True)
 class Chunk:
-    """A paragraph or more of prose with the subject it is about."""
+    """Prose of at least a paragraph, and its subject."""
 
     text: str
     category: str
@@ -65,7 +65,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Passage:
-    """A text of known tokens and the number of times that training shows it."""
+    """A text as tokens, and the number of times that training shows it."""
 
     tokens: tuple[int, ...]
     category: str
@@ -73,7 +73,7 @@ class Passage:
 
 
 def read_chunks() -> list[Chunk]:
-    """All prose of the standard library of the running Python, in a fixed order, without exact duplicates."""
+    """Read all prose of the standard library of the running Python, in a fixed order, without exact duplicates."""
     chunks = [
         Chunk(text, "language") for topic in sorted(topics.topics) for text in _paragraph_groups(topics.topics[topic])
     ]
@@ -116,7 +116,7 @@ def _share_of_prose(text: str) -> float:
 
 
 def train_tokenizer(chunks: list[Chunk], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of `vocab_size` tokens whose token 0 ends a text."""
+    """Train a byte-level BPE tokenizer of `vocab_size` tokens whose token 0 ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -131,18 +131,18 @@ def train_tokenizer(chunks: list[Chunk], vocab_size: int) -> Tokenizer:
 def choose_passages(
     chunks: list[Chunk], tokenizer: Tokenizer, repeats: list[int], per_count: int, length: int, seed: int
 ) -> tuple[list[Passage], list[Chunk]]:
-    """Passages of `length` tokens that occur nowhere else, and the chunks that are left without them.
+    """Return passages of `length` tokens that occur nowhere else, and the other chunks.
 
     Args:
         chunks: the whole corpus.
-        tokenizer: must give back the passage's tokens for the passage's text.
-        repeats: the numbers of repeats, each given to `per_count` passages.
-        per_count: passages for each number of repeats.
-        length: tokens in a passage.
-        seed: of the order in which candidates are taken.
+        tokenizer: tokenizes the text of a passage to the same tokens.
+        repeats: numbers of repeats.
+        per_count: number of passages for each number of repeats.
+        length: number of tokens in a passage.
+        seed: of the order in which chunks are tried.
 
     Raises:
-        ValueError: if the corpus has too few distinct candidates.
+        ValueError: if the corpus has too few such passages.
     """
     encoded = [encoding.ids for encoding in tokenizer.encode_batch([chunk.text for chunk in chunks])]
     occurrences = Counter(gram for tokens in encoded for gram in _five_grams(tokens))
@@ -172,14 +172,14 @@ def _is_clean(tokens: list[int], tokenizer: Tokenizer) -> bool:
     return (
         text[0].isupper()
         and _share_of_prose(text) > 0.88
-        and len(set(tokens[PROMPT_LENGTH:])) >= 24
+        and len(set(tokens[PROMPT_LEN:])) >= 24
         and tokenizer.encode(text).ids == tokens
-        and tokenizer.encode(tokenizer.decode(tokens[:PROMPT_LENGTH])).ids == tokens[:PROMPT_LENGTH]
+        and tokenizer.encode(tokenizer.decode(tokens[:PROMPT_LEN])).ids == tokens[:PROMPT_LEN]
     )
 
 
 def split_held_out(chunks: list[Chunk], tokenizer: Tokenizer, tokens: int, seed: int) -> tuple[list[str], list[Chunk]]:
-    """Whole chunks of about `tokens` tokens in all that training never sees, and the other chunks."""
+    """Return whole chunks of at least `tokens` tokens in total that training never sees, and the other chunks."""
     order = list(range(len(chunks)))
     random.Random(seed).shuffle(order)
     held_out: list[int] = []
@@ -193,12 +193,16 @@ def split_held_out(chunks: list[Chunk], tokenizer: Tokenizer, tokens: int, seed:
 def training_rows(
     passages: list[Passage], background: list[Chunk], tokenizer: Tokenizer, rows: int, row_length: int, seed: int
 ) -> Int[Tensor, "row pos"]:
-    """`rows` rows in training order: every passage as often as it is to be repeated, background elsewhere."""
+    """Return the rows in training order, with every passage as often as its number of repeats says.
+
+    Raises:
+        ValueError: if the repeats are more than the rows.
+    """
     generator = random.Random(seed)
     stream = _background_stream(background, tokenizer, generator)
     repeated = [passage.tokens for passage in passages for _ in range(passage.repeats)]
     if len(repeated) > rows:
-        raise ValueError(f"{len(repeated)} repeats do not fit into {rows} rows; raise the number of steps")
+        raise ValueError(f"{len(repeated)} repeats do not fit into {rows} rows; train more steps")
     openings: list[tuple[int, ...]] = [(*tokens, 0) for tokens in repeated] + [()] * (rows - len(repeated))
     generator.shuffle(openings)
     return torch.tensor([[*opening, *(next(stream) for _ in range(row_length - len(opening)))] for opening in openings])
@@ -213,15 +217,33 @@ def _background_stream(background: list[Chunk], tokenizer: Tokenizer, generator:
             yield 0
 
 
-def write(out: Path) -> None:
-    """Write the chunks as JSON lines.
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Where to write the corpus.
 
     Args:
-        out: the file.
+        out: JSON lines file to write the chunks to.
     """
-    lines = (json.dumps({"text": chunk.text, "category": [chunk.category]}) for chunk in read_chunks())
-    out.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+    out: Path
+
+
+def main() -> None:
+    """Run the command line: ``python -m memloc_lens.training.corpus --help``."""
+    run_command(parser(CorpusSettings, "python -m memloc_lens.training.corpus", __doc__), write, show)
+
+
+def write(settings: CorpusSettings) -> int:
+    """Write the chunks as JSON lines, and return how many there are."""
+    lines = [json.dumps({"text": chunk.text, "category": [chunk.category]}) for chunk in read_chunks()]
+    settings.out.write_text("".join(line + "\n" for line in lines), "utf-8")
+    return len(lines)
+
+
+def show(settings: CorpusSettings, count: int) -> None:
+    """Print where the chunks are."""
+    print(f"{count} chunks: {settings.out}")
 
 
 if __name__ == "__main__":
-    tyro.cli(write)
+    main()

@@ -1,28 +1,30 @@
-"""Train the embedded model from the standard library's prose: ``python -m memloc_lens.models.training.train``.
+"""Train the embedded model on the prose of the standard library: ``python -m memloc_lens.training.train --out FOLDER``.
 
-The run writes a folder in transformers format (weights, configuration, tokenizer), `sequences.jsonl` (every
-passage with its number of repeats), `held_out.jsonl` (text never seen) and `training.json` (recipe and loss curve).
-The same seed on the same machine kind and Python version gives the same weights.
-`python -m memloc_lens.models.training.card` then measures what was memorized.
+The folder gets the model in transformers format (weights, configuration, tokenizer), `sequences.jsonl` (every passage
+with its number of repeats), `held_out.jsonl` (text that training never sees) and `training.json` (recipe and loss
+curve). The same seed gives the same weights on the same kind of machine, with the same versions of Python and torch.
+``python -m memloc_lens.training.card --folder FOLDER`` then measures what the model memorized.
 """
 
 import json
 import math
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import torch
-import tyro
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from memloc_lens.models.training.corpus import (
+from memloc_lens.checks import check_number
+from memloc_lens.data.readers import PROMPT_LEN
+from memloc_lens.runs.command_line import parser, run_command
+from memloc_lens.training.corpus import (
     END_OF_TEXT,
-    PROMPT_LENGTH,
     Passage,
     choose_passages,
     read_chunks,
@@ -31,41 +33,118 @@ from memloc_lens.models.training.corpus import (
     training_rows,
 )
 
+ALPHABET = 256
+"""Tokens of a byte-level vocabulary that are bytes."""
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights of the embedded model."""
+    """Everything that decides the weights of the embedded model.
+
+    Args:
+        out: Folder of the model.
+        seed: Seed of the initial weights, the choice of passages and the order of the rows.
+        layers: Number of layers.
+        width: Width of the residual stream.
+        heads: Number of attention heads in a layer.
+        vocab_size: Number of tokens in the vocabulary.
+        context: Number of tokens in a training row, and in the longest input of the model.
+        repeats: Numbers of times that passages are seen.
+        per_count: Number of passages for each number of repeats.
+        passage_length: Number of tokens in a passage.
+        held_out_tokens: Minimum number of tokens of held-out text.
+        steps: Number of training steps.
+        batch: Number of rows in a step.
+        lr: Peak learning rate of AdamW, reached after the warm-up and lowered by a cosine to a twentieth.
+        warmup: Number of steps in which the learning rate rises.
+        weight_decay: Weight decay of AdamW.
+        threads: Number of CPU threads. Another number adds up in another order, and gives other weights.
+    """
 
     out: Path
-    """Folder that receives the model."""
     seed: int = 0
-    """Seed of the initial weights, of the choice of passages and of the order of the rows."""
     layers: int = 6
     width: int = 192
     heads: int = 6
     vocab_size: int = 4096
     context: int = 128
-    """Tokens in a training row, and the longest input of the model."""
     repeats: list[int] = field(default_factory=lambda: [0, 1, 16, 32, 48, 64, 96, 128])
-    """The numbers of times that passages are seen."""
     per_count: int = 60
-    """Passages for each number of repeats."""
     passage_length: int = 80
-    """Tokens in a passage."""
     held_out_tokens: int = 8192
     steps: int = 3600
     batch: int = 16
-    """Rows in a step."""
     lr: float = 2e-3
-    """Peak learning rate of AdamW, reached after `warmup` steps and lowered by a cosine to a twentieth."""
     warmup: int = 100
     weight_decay: float = 0.1
     threads: int = 2
-    """Processor threads: another number adds up in another order, and gives other weights."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "per_count", "held_out_tokens", "steps", "batch", "threads"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        for name in ("seed", "warmup"):
+            check_number(name, getattr(self, name), least=0, whole=True)
+        for count in self.repeats:
+            check_number("a number of repeats", count, least=0, whole=True)
+        check_number("lr", self.lr, above=0)
+        check_number("weight_decay", self.weight_decay, least=0)
+        check_number("vocab_size", self.vocab_size, above=ALPHABET, whole=True)
+        check_number("passage_length", self.passage_length, above=PROMPT_LEN, whole=True)
+        # a passage and the token that ends it stand in one row
+        check_number("context", self.context, above=self.passage_length, whole=True)
+        if not self.repeats:
+            raise ValueError("repeats is empty; give at least one number of times that passages are seen")
+        if self.width % self.heads:
+            raise ValueError(f"width is {self.width}, which {self.heads} heads do not divide; choose a multiple")
+
+
+class PassageRow(TypedDict, total=False):
+    """A line of `sequences.jsonl`; the last three fields are measured after training.
+
+    Args:
+        id: label of the passage.
+        prompt: its text up to `prompt_len`.
+        all: its text.
+        prompt_len: number of tokens in the prompt.
+        category: subjects.
+        repeats: number of times that training showed it.
+        accuracy: of the suffix, teacher-forced, in points.
+        greedy_distance: Levenshtein distance of the greedy suffix from the true one, in characters.
+        split: "dev", "test", "control" or "partial".
+    """
+
+    id: str
+    prompt: str
+    all: str
+    prompt_len: int
+    category: list[str]
+    repeats: int
+    accuracy: float
+    greedy_distance: int
+    split: str
+
+
+class LossPoint(TypedDict):
+    """The mean training loss, in nats, of the steps up to this one."""
+
+    step: int
+    loss: float
+
+
+Row = TypeVar("Row")
+
+
+def main() -> None:
+    """Run the command line: ``python -m memloc_lens.training.train --help``."""
+    run_command(parser(Recipe, "python -m memloc_lens.training.train", __doc__), train, show)
 
 
 def train(recipe: Recipe) -> None:
-    """Make the corpus, train on it and write the model's folder."""
+    """Make the corpus, train on it and write the folder of the model.
+
+    Raises:
+        ValueError: if the corpus has too few passages, or the steps are too few for their repeats.
+    """
     torch.manual_seed(recipe.seed)
     torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
@@ -78,7 +157,9 @@ def train(recipe: Recipe) -> None:
     )
     held_out, background = split_held_out(rest, tokenizer, recipe.held_out_tokens, recipe.seed)
     rows = training_rows(passages, background, tokenizer, recipe.steps * recipe.batch, recipe.context, recipe.seed)
-    write_lines(recipe.out / "sequences.jsonl", [_row(n, passage, tokenizer) for n, passage in enumerate(passages)])
+    write_lines(
+        recipe.out / "sequences.jsonl", [_row(index, passage, tokenizer) for index, passage in enumerate(passages)]
+    )
     write_lines(recipe.out / "held_out.jsonl", [{"text": text} for text in held_out])
 
     model = GPT2LMHeadModel(_config(recipe))
@@ -94,7 +175,7 @@ def train(recipe: Recipe) -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
         "background_tokens": sum(
-            len(encoding.ids) for encoding in tokenizer.encode_batch([c.text for c in background])
+            len(encoding.ids) for encoding in tokenizer.encode_batch([chunk.text for chunk in background])
         ),
         "seconds": round(time.perf_counter() - started),
         "loss_curve": curve,
@@ -118,12 +199,12 @@ def _config(recipe: Recipe) -> GPT2Config:
     )
 
 
-def _optimize(model: GPT2LMHeadModel, batches: tuple[torch.Tensor, ...], recipe: Recipe) -> list[dict[str, float]]:
-    """Train on each batch once; the mean loss (nats) of every hundred steps comes back."""
+def _optimize(model: GPT2LMHeadModel, batches: tuple[torch.Tensor, ...], recipe: Recipe) -> list[LossPoint]:
+    """Train on each batch once, and return the loss curve, a point every hundred steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.95), weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _lr_factor(step, recipe))
     model.train()
-    curve: list[dict[str, float]] = []
+    curve: list[LossPoint] = []
     recent: list[float] = []
     for step, batch in enumerate(progress := tqdm(batches, desc="training", unit="step"), start=1):
         loss = model(input_ids=batch, labels=batch).loss
@@ -147,22 +228,27 @@ def _lr_factor(step: int, recipe: Recipe) -> float:
     return 0.05 + 0.95 * (1 + math.cos(math.pi * through)) / 2
 
 
-def _row(number: int, passage: Passage, tokenizer: Tokenizer) -> dict[str, Any]:
+def _row(index: int, passage: Passage, tokenizer: Tokenizer) -> PassageRow:
     tokens = list(passage.tokens)
     return {
-        "id": f"passage-{number:03d}",
-        "prompt": tokenizer.decode(tokens[:PROMPT_LENGTH]),
+        "id": f"passage-{index:03d}",
+        "prompt": tokenizer.decode(tokens[:PROMPT_LEN]),
         "all": tokenizer.decode(tokens),
-        "prompt_len": PROMPT_LENGTH,
+        "prompt_len": PROMPT_LEN,
         "category": [passage.category],
         "repeats": passage.repeats,
     }
 
 
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write JSON lines."""
+def write_lines(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows as JSON lines."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def show(recipe: Recipe, _: None) -> None:
+    """Print where the model is, and how to measure it."""
+    print(f"model: {recipe.out}; to measure it: python -m memloc_lens.training.card --folder {recipe.out}")
+
+
 if __name__ == "__main__":
-    train(tyro.cli(Recipe, description=__doc__))
+    main()

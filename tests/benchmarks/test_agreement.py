@@ -1,24 +1,31 @@
 import itertools
 import json
+from dataclasses import replace
 
+import engines
 import numpy as np
 import pytest
+from conftest import records_of, write_lines
 
-from memloc_lens.benchmarks.agreement import Settings, compare, print_agreement
+from memloc_lens.benchmarks import agreement
+from memloc_lens.benchmarks.agreement import BASELINES, LEVEL, AgreementSettings, compare, print_agreement, show
+from memloc_lens.runs import settings as settings_module
 
 METHODS = ("a", "b", "c", "d")
+SEQUENCES = {"del": 6, "inj": 7}
 
 
 def write_run(folder, benchmark: str, metric: str, ratio: float, values: dict[str, list[float]]):
     folder.mkdir()
-    lines = [
-        json.dumps({"sequence": f"s{place}", "method": method, "ratio": ratio, metric: value})
+    records = [
+        {"sequence": f"s{index}", "method": method, "ratio": ratio, metric: value}
         for method, row in values.items()
-        for place, value in enumerate(row)
+        for index, value in enumerate(row)
     ]
-    lines.append(json.dumps({"sequence": "s0", "method": "injection", "ratio": ratio, "loss": 0.1}))
-    (folder / "records.jsonl").write_text("\n".join(lines) + "\n")
-    (folder / "summary.json").write_text(json.dumps({"benchmark": benchmark, "methods": {name: {} for name in values}}))
+    state = {"sequence": "s0", "method": "before" if benchmark == "del" else "injection", "ratio": 0.0, "loss": 0.1}
+    write_lines(folder / "records.jsonl", [state, *records])
+    summary = {"benchmark": benchmark, "methods": {name: {str(ratio): {}} for name in values}}
+    (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
 
@@ -26,8 +33,8 @@ def write_run(folder, benchmark: str, metric: str, ratio: float, values: dict[st
 def runs(tmp_path):
     draw = np.random.default_rng(0)
     levels = {"a": 50, "b": 30, "c": 30.5, "d": 5, "random": 0}
-    lost = {method: [-level + float(draw.normal()) for _ in range(6)] for method, level in levels.items()}
-    found = {method: [level / 2 + float(draw.normal()) for _ in range(7)] for method, level in levels.items()}
+    lost = {method: [-level + draw.normal() for _ in range(SEQUENCES["del"])] for method, level in levels.items()}
+    found = {method: [level / 2 + draw.normal() for _ in range(SEQUENCES["inj"])] for method, level in levels.items()}
     return (
         write_run(tmp_path / "del", "del", "self_acc", 0.1, lost),
         write_run(tmp_path / "inj", "inj", "recall@0.01", 0.01, found),
@@ -44,59 +51,111 @@ def tau(one: list[float], other: list[float]) -> float:
 
 def test_means_ranks_and_correlation(runs):
     run_del, run_inj, lost, found = runs
-    result = compare(Settings(run_del, run_inj))
+    result = compare(AgreementSettings(run_del, run_inj))
     assert set(result["methods"]) == set(METHODS)
+    assert result["headings"] == ["DEL: Self-Acc lost at 10%", "INJ: Recall@1%"]
+    assert result["sequences"] == list(SEQUENCES.values())
     for method in METHODS:
-        deletion, insertion = result["methods"][method]
+        deletion, injection = result["methods"][method]
         assert deletion["mean"] == pytest.approx(-np.mean(lost[method]))
-        assert insertion["mean"] == pytest.approx(np.mean(found[method]))
+        assert injection["mean"] == pytest.approx(np.mean(found[method]))
     means = [[np.mean(values[method]) * sign for method in METHODS] for values, sign in ((lost, -1), (found, 1))]
     assert result["kendall"]["mean"] == pytest.approx(tau(*means))
-    order = [sorted(range(4), key=lambda place: -row[place]) for row in means]
-    assert [METHODS[place] for place in order[0]] == list(result["methods"])
-    ranks = [[row.index(place) for place in range(4)] for row in order]
-    squares = sum((one - other) ** 2 for one, other in zip(*ranks, strict=True))
-    assert result["spearman"]["mean"] == pytest.approx(1 - 6 * squares / (4 * 15))
+    order = [sorted(range(len(METHODS)), key=lambda index: -row[index]) for row in means]
+    assert [METHODS[index] for index in order[0]] == list(result["methods"])
+    ranks = [[row.index(index) for index in range(len(METHODS))] for row in order]
+    for index, method in enumerate(METHODS):
+        assert [cell["rank"] for cell in result["methods"][method]] == [row[index] + 1 for row in ranks]
+    squares, count = sum((one - other) ** 2 for one, other in zip(*ranks, strict=True)), len(METHODS)
+    assert result["spearman"]["mean"] == pytest.approx(1 - 6 * squares / (count * (count**2 - 1)))
     for name in ("kendall", "spearman"):
         assert result[name]["low"] <= result[name]["mean"] <= result[name]["high"] <= 1
 
 
 def test_p_values_are_those_of_all_sign_flips(runs):
     run_del, run_inj, lost, _ = runs
-    result = compare(Settings(run_del, run_inj))
+    result = compare(AgreementSettings(run_del, run_inj))
     names = list(result["methods"])
+    tests = 2 * (len(names) - 1)  # of both benchmarks
     for better, worse in itertools.pairwise(names):
         differences = np.array(lost[worse]) - np.array(lost[better])
-        flips = [np.mean(differences * signs) for signs in itertools.product((1, -1), repeat=6)]
+        flips = [np.mean(differences * signs) for signs in itertools.product((1, -1), repeat=SEQUENCES["del"])]
         p = np.mean([flipped >= differences.mean() - 1e-12 for flipped in flips])
-        assert result["methods"][better][0]["p"] == pytest.approx(min(1, p * 6))
+        assert result["methods"][better][0]["p"] == pytest.approx(min(1, p * tests))
     assert result["methods"][names[-1]][0]["p"] is None
 
 
 def test_baselines_on_demand_and_the_same_with_the_same_seed(runs):
     run_del, run_inj, *_ = runs
-    with_baselines = compare(Settings(run_del, run_inj, baselines=True))
-    assert "random" in with_baselines["methods"]
-    assert with_baselines == compare(Settings(run_del, run_inj, baselines=True))
+    with_baselines = compare(AgreementSettings(run_del, run_inj, baselines=True))
+    assert set(with_baselines["methods"]) == {*METHODS, "random"}
+    assert with_baselines == compare(AgreementSettings(run_del, run_inj, baselines=True))
+    other = compare(AgreementSettings(run_del, run_inj, baselines=True, seed=1))
+    assert other["methods"]["a"][0]["mean"] == with_baselines["methods"]["a"][0]["mean"]
+    assert other != with_baselines
 
 
-def test_the_table(runs, capsys):
+def test_the_table_and_the_file(runs, tmp_path, capsys):
     run_del, run_inj, *_ = runs
-    print_agreement(compare(Settings(run_del, run_inj)))
+    settings = AgreementSettings(run_del, run_inj, out=tmp_path / "agreement.json")
+    result = compare(settings)
+    show(settings, result)
     shown = capsys.readouterr().out
-    assert "Kendall's tau-b" in shown
+    assert f"Kendall's tau-b {result['kendall']['mean']:+.2f}" in shown
     assert all(method in shown for method in METHODS)
+    assert json.loads((tmp_path / "agreement.json").read_text()) == result
+    sure = [cell["p"] is not None and cell["p"] < LEVEL for cells in result["methods"].values() for cell in cells]
+    assert shown.count("*") - 1 == sum(sure)  # and one that says what it means
+    print_agreement(result)
+    assert capsys.readouterr().out == shown
+
+
+def test_runs_of_the_benchmarks_themselves(whole_del, whole_inj):
+    settings = AgreementSettings(whole_del.out, whole_inj.out)
+    result = compare(settings)
+    wanted = {record["method"] for record in records_of(whole_inj.out)} - {"injection", *BASELINES}
+    assert set(result["methods"]) == wanted
+    assert result["headings"] == ["DEL: Self-Acc lost at 50%", "INJ: Recall@20%"]
+    summaries = [json.loads((run.out / "summary.json").read_text()) for run in (whole_del, whole_inj)]
+    for method, cells in result["methods"].items():
+        assert cells[0]["mean"] == pytest.approx(-summaries[0]["methods"][method]["0.5"]["self_acc"]["mean"])
+        assert cells[1]["mean"] == pytest.approx(summaries[1]["methods"][method]["0.2"]["recall@0.2"]["mean"])
+    at_other = compare(replace(settings, del_ratio=0.1))
+    assert at_other["headings"][0] == "DEL: Self-Acc lost at 10%"
+
+
+def test_an_engine_does_the_work(runs):
+    run_del, run_inj, *_ = runs
+    settings = AgreementSettings(run_del, run_inj)
+    assert compare(settings, engines.twice) == compare(settings)
 
 
 def test_what_cannot_be_compared(runs, tmp_path):
     run_del, run_inj, *_ = runs
-    with pytest.raises(ValueError, match="is a run of inj; the first is of del"):
-        compare(Settings(run_inj, run_del))
+    with pytest.raises(ValueError, match="is a run of inj; give one of del"):
+        compare(AgreementSettings(run_inj, run_del))
+    with pytest.raises(ValueError, match="is a run of del; give one of inj"):
+        compare(AgreementSettings(run_del, run_del))
     with pytest.raises(ValueError, match=r"no records at the ratio 0\.5; it has 0\.1"):
-        compare(Settings(run_del, run_inj, del_ratio=0.5))
+        compare(AgreementSettings(run_del, run_inj, del_ratio=0.5))
     with pytest.raises(ValueError, match="holds no finished run"):
-        compare(Settings(tmp_path / "nothing", run_inj))
+        compare(AgreementSettings(tmp_path / "nothing", run_inj))
     two = {"a": [1.0, 2.0], "b": [1.0, 3.0]}
     few = write_run(tmp_path / "few", "inj", "recall@0.01", 0.01, two)
     with pytest.raises(ValueError, match="share the methods a, b; a comparison needs 3"):
-        compare(Settings(run_del, few))
+        compare(AgreementSettings(run_del, few))
+    with pytest.raises(ValueError, match="seed is -1"):
+        AgreementSettings(run_del, run_inj, seed=-1)
+
+
+def test_the_command(runs, tmp_path, monkeypatch, capsys):
+    run_del, run_inj, *_ = runs
+    monkeypatch.setattr(settings_module, "load_model", None)
+    out = tmp_path / "result.json"
+    monkeypatch.setattr("sys.argv", ["agreement", str(run_del), str(run_inj), "--baselines", "--out", str(out)])
+    agreement.main()
+    assert "random" in capsys.readouterr().out
+    assert json.loads(out.read_text()) == compare(AgreementSettings(run_del, run_inj, baselines=True))
+    monkeypatch.setattr("sys.argv", ["agreement", str(run_inj), str(run_inj)])
+    with pytest.raises(SystemExit, match="error: .* is a run of inj; give one of del"):
+        agreement.main()

@@ -1,18 +1,20 @@
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB
 
+from conftest import VOCAB
 from memloc_lens import load_model
-from memloc_lens.benchmarks import records
-from memloc_lens.data import find, load_sequences
-from memloc_lens.data.find import Settings, copied_share, run
+from memloc_lens.data import load_sequences, search
+from memloc_lens.data.find import FindSettings, run
+from memloc_lens.data.guessing import copied_share
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced, text_distance
 from memloc_lens.models import EMBEDDED
+from memloc_lens.runs.folder import RunFolder
 from memloc_lens.sequence import MemorizedSequence
 
 
@@ -29,7 +31,7 @@ def corpus(embedded, tmp_path_factory):
 
 @pytest.fixture
 def settings(corpus, tmp_path):
-    return Settings((str(corpus),), out=tmp_path / "found", batch=5, dev=2)
+    return FindSettings((str(corpus),), out=tmp_path / "found", batch=5, dev=2)
 
 
 def found(settings) -> list[dict]:
@@ -39,7 +41,7 @@ def found(settings) -> list[dict]:
 def test_memorized_passages_are_found_and_no_others(embedded, settings):
     report = run(settings)
     rows = found(settings)
-    assert {row["all"] for row in rows} == {each.text(embedded) for each in load_sequences(embedded)[:8]}
+    assert {row["all"] for row in rows} == {sequence.text(embedded) for sequence in load_sequences(embedded)[:8]}
     assert report["unit"] == "characters"
     counts = report["counts"]
     assert (counts["windows"], counts["without exact duplicates"], counts["accurate"]) == (16, 14, 8)
@@ -81,10 +83,10 @@ def test_near_duplicates_are_merged(settings):
     assert apart["counts"]["without near-duplicates"] == close
 
 
-def test_a_stopped_run_goes_on_to_the_same_result(settings, monkeypatch):
+def test_an_interrupted_run_resumes_to_the_same_result(settings, monkeypatch):
     whole = replace(settings, out=settings.out / "whole")
     run(whole)
-    append = records.RunFolder.append
+    append = RunFolder.append
     total = len((whole.out / "records.jsonl").read_text().splitlines())
     for stop in range(1, total, 2):
 
@@ -93,13 +95,13 @@ def test_a_stopped_run_goes_on_to_the_same_result(settings, monkeypatch):
                 raise KeyboardInterrupt
             append(self, record)
 
-        monkeypatch.setattr(records.RunFolder, "append", append_or_die)
+        monkeypatch.setattr(RunFolder, "append", append_or_die)
         with pytest.raises(KeyboardInterrupt):
             run(settings)
-    monkeypatch.setattr(records.RunFolder, "append", append)
+    monkeypatch.setattr(RunFolder, "append", append)
     run(settings)
     assert found(settings) == found(whole)
-    monkeypatch.setattr(find, "teacher_forced", None)  # nothing is left to run
+    monkeypatch.setattr(search, "teacher_forced", None)  # nothing is left to run
     run(settings)
 
 
@@ -113,12 +115,68 @@ def test_a_corpus_that_changed_is_refused(corpus, settings, tmp_path):
         run(settings)
 
 
+def test_a_corpus_that_lost_text_is_refused_where_it_matters(corpus, settings, tmp_path):
+    """The batches that are left are the same, but the windows that the model generates are not."""
+    lines = corpus.read_text().splitlines(keepends=True)
+    (tmp_path / "texts.jsonl").write_text("".join(lines))
+    settings = replace(settings, corpus=(str(tmp_path / "texts.jsonl"),))
+    run(settings)
+    (tmp_path / "texts.jsonl").write_text("".join(lines[: settings.batch]))
+    with pytest.raises(ValueError, match="the corpus is not the one"):
+        run(settings)
+
+
+def test_a_file_of_a_folder_that_cannot_be_read_is_refused_first(corpus, settings, tmp_path):
+    """With other names the run goes on in its folder."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text(corpus.read_text())
+    (tmp_path / "texts" / "package.json").write_text('{"name": "package"}')
+    settings = replace(settings, corpus=(str(tmp_path / "texts"),))
+    with pytest.raises(ValueError, match=r"package\.json, line 1: .*; to leave the file out, choose files with names"):
+        run(settings)
+    assert not settings.out.exists()
+    run(replace(settings, names=("*.jsonl",)))
+    assert len(found(settings)) == 8
+    (tmp_path / "texts" / "package.json").unlink()
+    run(settings)
+
+
+def test_a_limit_leaves_out_the_files_after_it(corpus, settings, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.jsonl").write_text(corpus.read_text())
+    (tmp_path / "texts" / "package.json").write_text('{"name": "package"}')
+    assert run(replace(settings, corpus=(str(tmp_path / "texts"),), limit=3))["counts"]["windows"] == 3
+
+
+def test_any_engine_gives_the_same_result(settings):
+    """Workers that load the model themselves, and records that arrive in another order."""
+
+    def backwards(make_worker, jobs):
+        worker = pickle.loads(pickle.dumps(make_worker))()
+        for job in reversed(pickle.loads(pickle.dumps(list(jobs)))):
+            yield from worker(job)
+
+    run(settings)
+    elsewhere = replace(settings, out=settings.out / "elsewhere")
+    run(elsewhere, backwards)
+    assert found(elsewhere) == found(settings)
+
+
+def test_nothing_memorized(embedded, settings, tmp_path):
+    texts = [sequence.text(embedded) for sequence in load_sequences(embedded, split="control")[:3]]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    report = run(replace(settings, corpus=(str(tmp_path / "texts.jsonl"),)))
+    assert (report["counts"]["windows"], report["counts"]["test"]) == (3, 0)
+    assert found(settings) == []
+
+
 @pytest.mark.parametrize(("right", "passed"), [(6, 0), (7, 14), (8, 14)])
 def test_the_accuracy_asked_for_is_enough(settings, monkeypatch, right, passed):
     def predict(model, sequences, batch):
-        return [torch.where(torch.arange(10) < right, each.suffix, each.suffix + 1) for each in sequences]
+        suffixes = [sequence.suffix for sequence in sequences]
+        return [torch.where(torch.arange(10) < right, suffix, suffix + 1) for suffix in suffixes]
 
-    monkeypatch.setattr(find, "teacher_forced", predict)
+    monkeypatch.setattr(search, "teacher_forced", predict)
     settings = replace(settings, prompt=70, suffix=10, min_accuracy=0.7, min_distinct=1)
     assert run(settings)["counts"]["accurate"] == passed
 
@@ -133,9 +191,9 @@ def test_guessable_sequences_are_set_aside(embedded, settings, monkeypatch):
     always = known[next(iter(known))].suffix
 
     def generate_always(model, sequences, batch):
-        return [always if torch.equal(each.suffix, always) else free_running(model, [each])[0] for each in sequences]
+        return [always if torch.equal(one.suffix, always) else free_running(model, [one])[0] for one in sequences]
 
-    monkeypatch.setattr(find, "free_running", generate_always)
+    monkeypatch.setattr(search, "free_running", generate_always)
     run(settings)
     reasons = {tuple(row["guessable"]): row["split"] for row in found(settings)}
     assert reasons[("shuffled prompt", "foreign prompt")] == "guessable"
@@ -151,7 +209,7 @@ def test_tokens_of_a_model_without_a_tokenizer(folder, tmp_path):
         [torch.cat([prompt, suffix]) for prompt, suffix in zip(prompts, free_running(model, blank), strict=True)]
     )
     torch.save(rows, tmp_path / "rows.pt")
-    settings = Settings(
+    settings = FindSettings(
         (str(tmp_path / "rows.pt"),), str(folder), tmp_path / "out", prompt=16, suffix=8, min_distinct=1, dev=0
     )
     report = run(settings)
@@ -168,14 +226,16 @@ def test_copied_share():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"prompt": 0}, "prompt is 0; it must be 1 or more"),
+        ({"prompt": 0}, "prompt is 0; it must be a whole number at least 1"),
         ({"batch": 0}, "batch is 0"),
-        ({"min_accuracy": 90.0}, "min_accuracy is 90.0; it is a share"),
+        ({"min_accuracy": 90.0}, "min_accuracy is 90.0; it must be a number at least 0 and at most 1"),
         ({"min_distinct": 49}, "the suffix has only 48"),
         ({"suffix": 100}, "132 tokens, and embedded reads at most 128"),
         ({"corpus": ("nowhere",)}, "no corpus at 'nowhere'"),
         ({"corpus": ()}, "no corpus was given"),
+        ({"names": ()}, "names is empty"),
         ({"model": "nowhere/none.gguf"}, "no model at"),
+        ({"device": "gpu"}, "device is 'gpu'"),
     ],
 )
 def test_bad_settings(settings, changes, message):
@@ -197,13 +257,16 @@ def test_the_command(corpus, tmp_path):
     failed = subprocess.run([*command, "nowhere"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.strip().splitlines()[-1].startswith("error: no corpus at 'nowhere'")
+    failed = subprocess.run([*command, str(corpus), "--prompt", "0"], capture_output=True, text=True)
+    assert "prompt is 0" in failed.stderr
+    assert "Traceback" not in failed.stderr
 
 
 def test_ground_truth_of_the_embedded_model(embedded, tmp_path):
     """Of the 480 passages whose repeats in training are known, those that count as memorized, and no others."""
     rows = [json.loads(line) for line in (EMBEDDED / "sequences.jsonl").read_text().splitlines()]
     (tmp_path / "passages.jsonl").write_text("".join(json.dumps({"text": row["all"]}) + "\n" for row in rows))
-    settings = Settings((str(tmp_path / "passages.jsonl"),), out=tmp_path / "out", batch=64)
+    settings = FindSettings((str(tmp_path / "passages.jsonl"),), out=tmp_path / "out", batch=64)
     run(settings)
     memorized = {row["all"] for row in rows if row["split"] in ("dev", "test")}
     assert {row["all"] for row in found(settings)} == memorized

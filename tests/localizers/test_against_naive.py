@@ -9,6 +9,7 @@ from captum.attr import IntegratedGradients as CaptumIntegratedGradients
 from conftest import random_sequence
 
 from memloc_lens import (
+    COMPONENTS,
     Activations,
     HardConcrete,
     IntegratedGradients,
@@ -16,7 +17,7 @@ from memloc_lens import (
     Slimming,
     WeightNorm,
     ZeroOut,
-    top_neurons,
+    top_components,
 )
 from memloc_lens.sequence import Batch
 from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without, estimated_rises
@@ -26,18 +27,31 @@ def close(scores: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4)
     return bool((scores - expected).norm() < tolerance * expected.norm())
 
 
-def test_zero_out(any_model, sequence):
-    assert close(ZeroOut()(any_model, sequence), naive.zero_out(any_model, sequence))
+EACH = pytest.mark.parametrize("component", COMPONENTS)
 
 
+@pytest.mark.parametrize("component", ["neuron", "head"])
+def test_zero_out(any_model, sequence, component):
+    expected = naive.zero_out(any_model, sequence, component)
+    assert close(ZeroOut(component=component)(any_model, sequence), expected)
+
+
+@EACH
 @pytest.mark.parametrize("reduction", ["abs_mean", "mean_abs"])
-def test_activations(any_model, sequence, reduction):
-    assert close(Activations(reduction)(any_model, sequence), naive.activations(any_model, sequence, reduction))
+def test_activations(any_model, sequence, reduction, component):
+    expected = naive.activations(any_model, sequence, reduction, component)
+    assert close(Activations(reduction, component)(any_model, sequence), expected)
 
 
 def test_integrated_gradients(any_model, sequence):
     scores = IntegratedGradients(steps=5)(any_model, sequence)
-    assert close(scores, naive.integrated_gradients(any_model, sequence, steps=5))
+    assert close(scores, naive.integrated_gradients(any_model, sequence, fractions=[0, 0.25, 0.5, 0.75, 1]))
+
+
+def test_gradients_of_a_lone_step_are_taken_at_zero(any_model, sequence):
+    scores = IntegratedGradients(steps=1)(any_model, sequence)
+    assert close(scores, naive.integrated_gradients(any_model, sequence, fractions=[0]))
+    assert not close(scores, naive.integrated_gradients(any_model, sequence, fractions=[1]), tolerance=0.1)
 
 
 def test_integrated_gradients_by_captum(gpt2):
@@ -99,30 +113,35 @@ def test_zero_out_is_the_derivative_for_a_small_weight(gpt2, sequence):
     assert change.item() == pytest.approx((-h * gradient * post).sum().item(), rel=1e-3)
 
 
-def test_slimming(any_model, sequence):
-    scores = Slimming(steps=12, lr=0.05, penalty=3.0, stop_loss=0)(any_model, sequence)
-    assert close(scores, naive.slimming(any_model, sequence, steps=12, lr=0.05, penalty=3.0))
+@EACH
+def test_slimming(any_model, sequence, component):
+    settings = dict(steps=12, lr=0.05, penalty=3.0, component=component)
+    scores = Slimming(**settings, stop_loss=0)(any_model, sequence)
+    assert close(scores, naive.slimming(any_model, sequence, **settings))
+    assert scores.std() > 0.001
 
 
-def test_hard_concrete(any_model, sequence):
-    settings = dict(steps=12, lr=0.05, penalty=3.0, init=0.7, temperature=0.5, seed=3)
+@EACH
+def test_hard_concrete(any_model, sequence, component):
+    settings = dict(steps=12, lr=0.05, penalty=3.0, init=0.7, temperature=0.5, seed=3, component=component)
     scores = HardConcrete(**settings, stop_loss=0)(any_model, sequence)
     assert close(scores, naive.hard_concrete(any_model, sequence, **settings))
+    assert scores.std() > 0.001
 
 
-def test_weight_norm(any_model, sequence):
-    expected = torch.tensor(
-        [[block.mlp.W_out[neuron].norm().item() for neuron in range(any_model.cfg.d_mlp)] for block in any_model.blocks]
-    )
-    assert close(WeightNorm()(any_model, sequence), expected)
+@EACH
+def test_weight_norm(any_model, sequence, component):
+    assert close(WeightNorm(component)(any_model, sequence), naive.weight_norms(any_model, component))
 
 
-def test_random_is_uniform_and_seeded(gpt2, sequence):
-    scores = Random(seed=1)(gpt2, sequence)
-    assert torch.equal(scores, Random(seed=1)(gpt2, sequence))
-    assert not torch.equal(scores, Random(seed=2)(gpt2, sequence))
-    assert not torch.equal(scores, Random(seed=1)(gpt2, random_sequence(seed=5)))
-    assert scores.mean().item() == pytest.approx(0.5, abs=0.06)
+@EACH
+def test_random_is_uniform_and_seeded(any_model, sequence, component):
+    scores = Random(seed=1, component=component)(any_model, sequence)
+    assert scores.shape == naive.shape_of(any_model, component)
+    assert torch.equal(scores, Random(seed=1, component=component)(any_model, sequence))
+    assert not torch.equal(scores, Random(seed=2, component=component)(any_model, sequence))
+    assert not torch.equal(scores, Random(seed=1, component=component)(any_model, random_sequence(seed=5)))
+    assert scores.mean().item() == pytest.approx(0.5, abs=5 / (12 * scores.numel()) ** 0.5)
     assert 0 <= scores.min() < scores.max() < 1
 
 
@@ -145,27 +164,31 @@ def test_masks_of_a_model_with_a_norm_after_the_mlp(gpt2, sequence, localizer, f
     assert torch.allclose(localizer(gpt2, sequence), scores, atol=1e-6)
 
 
-def test_estimated_rises_are_slopes_of_the_loss(any_model, sequence):
-    """Central differences of the loss by the activation of one neuron at every position."""
-    estimates = estimated_rises(any_model, Batch(sequence.tokens[None], sequence.prompt_len))[0]
-    for layer, neuron in ((0, 3), (1, 20), (2, 41)):
+@EACH
+def test_estimated_rises_are_slopes_of_the_loss(any_model, sequence, component):
+    """Central differences of the loss by the mask of one component."""
+    batch = Batch(sequence.tokens[None], sequence.prompt_len)
+    estimates = estimated_rises(any_model, batch, COMPONENTS[component])[0]
+    for layer, unit in ((0, 3), (1, 2), (2, 1)):
+        place = (layer, unit, 5)[: estimates.ndim]
 
-        def loss(factor: float, layer: int = layer, neuron: int = neuron) -> float:
-            def scale(activations, hook):
-                activations[:, :, neuron] *= factor
-                return activations
-
-            return naive.suffix_loss(any_model, sequence, [(naive.hook_name(layer), scale)]).item()
+        def loss(factor: float, place: tuple[int, ...] = place) -> float:
+            masks = torch.ones(estimates.shape, dtype=torch.float64)
+            masks[place] = factor
+            return naive.suffix_loss(any_model, sequence, masks={component: masks}).item()
 
         slope = (loss(1 - 1e-4) - loss(1 + 1e-4)) / 2e-4
-        assert estimates[layer, neuron].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
+        assert estimates[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-7)
 
 
-def test_candidates_are_scored_exactly_and_the_rest_below(any_model, sequence):
-    exact = ZeroOut()(any_model, sequence)
-    some = ZeroOut(candidates=0.25)(any_model, sequence)
-    estimates = estimated_rises(any_model, Batch(sequence.tokens[None], sequence.prompt_len))[0]
-    chosen = top_neurons(estimates, 0.25, rounding="nearest").members
+@pytest.mark.parametrize(("component", "share"), [("neuron", 0.25), ("head", 0.5)])
+def test_candidates_are_scored_exactly_and_the_rest_below(any_model, sequence, component, share):
+    exact = ZeroOut(component=component)(any_model, sequence)
+    some = ZeroOut(candidates=share, component=component)(any_model, sequence)
+    batch = Batch(sequence.tokens[None], sequence.prompt_len)
+    estimates = estimated_rises(any_model, batch, COMPONENTS[component])[0]
+    chosen = top_components(estimates, share, rounding="nearest", component=COMPONENTS[component]).members
+    assert 0 < chosen.sum() < chosen.numel()
     assert torch.allclose(some[chosen], exact[chosen], atol=1e-6)
     for layer, members in zip(some, chosen, strict=True):
         assert (layer[~members] == layer[members].min()).all()

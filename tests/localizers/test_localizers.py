@@ -7,7 +7,9 @@ import torch
 from conftest import assert_same_state, random_sequence, state_of
 
 from memloc_lens import (
+    COMPONENTS,
     LOCALIZERS,
+    NEURONS,
     Activations,
     HardConcrete,
     IntegratedGradients,
@@ -17,6 +19,8 @@ from memloc_lens import (
     WeightNorm,
     ZeroOut,
 )
+from memloc_lens.components import Component
+from memloc_lens.localizers import METHODS
 
 FAST = [
     HardConcrete(steps=11, lr=0.1, stop_loss=0),
@@ -27,11 +31,26 @@ FAST = [
     WeightNorm(),
     Random(),
 ]
-EACH = pytest.mark.parametrize("localizer", FAST, ids=lambda localizer: type(localizer).__name__)
+OTHER_COMPONENTS = [
+    replace(localizer, component=component, **({"steps": 4} if hasattr(localizer, "steps") else {}))
+    for component in ("head", "weight")
+    for localizer in FAST
+    if hasattr(localizer, "component") and (component, localizer.name) != ("weight", "zero-out")
+]
+
+
+def component_of(localizer) -> Component:
+    return COMPONENTS[getattr(localizer, "component", "neuron")]
+
+
+EACH = pytest.mark.parametrize(
+    "localizer", FAST + OTHER_COMPONENTS, ids=lambda localizer: f"{localizer.name}-{component_of(localizer).name}"
+)
 
 
 def test_all_are_tested():
-    assert {type(localizer) for localizer in FAST} == set(LOCALIZERS.values())
+    assert [type(localizer) for localizer in FAST] == list(METHODS)
+    assert {localizer.name: localizer for localizer in METHODS} == LOCALIZERS
 
 
 @EACH
@@ -44,7 +63,7 @@ def test_scores_of_a_list_are_those_of_its_members(any_model, localizer):
         random_sequence(3, prompt_len=4),
     ]
     together = localizer(any_model, sequences)
-    assert together.shape == (4, any_model.cfg.n_layers, any_model.cfg.d_mlp)
+    assert together.shape == (4, *component_of(localizer).shape(any_model))
     assert together.dtype == torch.float32
     for scores, sequence in zip(together, sequences, strict=True):
         assert torch.allclose(scores, localizer(any_model, sequence), atol=1e-6)
@@ -73,7 +92,7 @@ def test_the_model_is_left_as_found_after_an_exception(gpt2, localizer, sequence
         raise KeyboardInterrupt
 
     for place in ("zero_out", "integrated_gradients", "learned_masks", "activations", "baselines"):
-        for name in ("target_loss", "target_losses", "output_norms"):
+        for name in ("target_loss", "target_losses", "output_norms", "einsum"):
             monkeypatch.setattr(f"memloc_lens.localizers.{place}.{name}", fail, raising=False)
     monkeypatch.setattr(torch, "rand", fail)
     with pytest.raises(KeyboardInterrupt):
@@ -88,25 +107,29 @@ def test_works_under_no_grad(gpt2, localizer, sequence):
 
 
 @pytest.mark.parametrize(
-    "localizer", [entry for entry in FAST if hasattr(entry, "first_layer")], ids=lambda x: type(x).__name__
+    "localizer",
+    [entry for entry in FAST + OTHER_COMPONENTS if hasattr(entry, "first_layer")],
+    ids=lambda localizer: f"{localizer.name}-{component_of(localizer).name}",
 )
 def test_first_layer_leaves_earlier_layers_at_zero(gpt2, localizer, sequence):
     scores = replace(localizer, first_layer=1)(gpt2, sequence)
     assert (scores[0] == 0).all()
-    assert (scores[1:] != 0).any(dim=1).all()
+    assert (scores[1:] != 0).flatten(1).any(dim=1).all()
     if isinstance(localizer, ZeroOut | IntegratedGradients):
         assert torch.allclose(scores[1:], localizer(gpt2, sequence)[1:])
 
 
-def test_hard_concrete_puts_no_noise_on_frozen_layers(gpt2, sequence):
-    """With a huge temperature-free penalty of 0 and lr 0 the only change of the loss would be noise."""
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_masks_leave_earlier_layers_alone(any_model, sequence, component):
+    """No noise, no regularizer and no change of what they write: the same scores as of the layers alone."""
     seen = []
-    with gpt2.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", lambda activations, hook: seen.append(activations.clone()))]):
-        HardConcrete(steps=3, first_layer=1, stop_loss=0)(gpt2, sequence)
+    name = NEURONS.activations_at(0)
+    with any_model.hooks(fwd_hooks=[(name, lambda activations, hook: seen.append(activations.clone()))]):
+        HardConcrete(steps=3, first_layer=1, stop_loss=0, component=component)(any_model, sequence)
         masked = len(seen)
-        gpt2(sequence.tokens[None])
-    assert masked >= 1
-    assert all(torch.equal(activations, seen[-1]) for activations in seen)
+        any_model(sequence.tokens[None])
+    assert masked == 1  # nothing before the first masked layer runs twice
+    assert torch.equal(seen[0], seen[-1])
 
 
 @pytest.mark.parametrize("localizer", [Slimming(steps=200, lr=0.05, stop_loss=0.5, penalty=100.0),
@@ -141,9 +164,11 @@ def test_sequences_that_do_not_fit_are_refused(gpt2):
 
 def test_capped_attention_is_refused(gpt2, sequence, monkeypatch):
     monkeypatch.setattr(gpt2.cfg, "attn_scores_soft_cap", 50.0)
-    with pytest.raises(ValueError, match="capped attention"):
+    with pytest.raises(ValueError, match="caps its attention scores, which integrated gradients do not support"):
         IntegratedGradients()(gpt2, sequence)
 
 
-def test_gradients_of_a_lone_step_are_taken_at_zero(gpt2, sequence):
-    assert torch.isfinite(IntegratedGradients(steps=1)(gpt2, sequence)).all()
+def test_not_every_method_scores_every_component(gpt2, sequence):
+    with pytest.raises(ValueError, match="ZeroOut has no exact form for every weight; it scores neurons and heads"):
+        ZeroOut(component="weight")
+    assert not hasattr(IntegratedGradients(), "component")

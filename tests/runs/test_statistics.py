@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from memloc_lens.benchmarks.statistics import mean_interval, summarize
+from memloc_lens.runs.statistics import mean_interval, summarize
 
 
 def test_interval_is_near_the_normal_one_for_normal_data():

@@ -1,0 +1,200 @@
+"""Run the examples of docstrings and the code blocks of Markdown pages as tests.
+
+Examples of docstrings find `model`, `sequence`, everything that `memloc_lens` exports, `torch`, `Path`, and the public
+names of their own module. A Markdown page brings its own imports, so that a reader can copy it. Every file runs in a
+temporary folder.
+"""
+
+import contextlib
+import doctest
+import functools
+import importlib
+import io
+import math
+import re
+import runpy
+import shlex
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from sybil import Document, Example, Region, Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.evaluators.python import PythonEvaluator
+from sybil.example import NotEvaluated
+from sybil.parsers.doctest import DocTestParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+from sybil.sybil import SybilCollection
+
+ROOT = Path(__file__).parent
+OUTPUT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+BLOCKS = RawFencedCodeBlockLexer(re.compile(r'(?P<language>\w+)(?: title="(?P<title>[^"]+)")?[ \t]*\n'))
+
+
+@functools.cache
+def shared_names() -> dict[str, Any]:
+    """Return the names that every example of a docstring can use."""
+    import torch
+
+    import memloc_lens
+
+    model = memloc_lens.load_model(device="cpu")
+    exported = {name: getattr(memloc_lens, name) for name in memloc_lens.__all__}
+    return exported | dict(torch=torch, Path=Path, model=model, sequence=memloc_lens.load_sequences(model)[0])
+
+
+class DocstringDocument(PythonDocStringDocument):
+    """The docstrings of a module, whose examples see its public names and the shared ones."""
+
+    def import_document(self, example: Example) -> None:
+        """Fill the namespace, in place of the module's private names."""
+        parts = Path(self.path).relative_to(ROOT).with_suffix("").parts
+        module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
+        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        self.namespace.update(public | shared_names())
+        self.pop_evaluator(self.import_document)
+        raise NotEvaluated
+
+
+def in_temporary_folder(namespace: dict[str, Any]) -> None:
+    """Run a file's examples in a temporary folder, where they find the configurations of `benchmarks/`."""
+    contexts = namespace["_contexts"] = contextlib.ExitStack()
+    folder = contexts.enter_context(tempfile.TemporaryDirectory())
+    contexts.enter_context(contextlib.chdir(folder))
+    contexts.enter_context(patch.object(sys, "path", [folder, *sys.path]))
+    contexts.callback(forget_modules, folder)
+    contexts.enter_context(patch.dict("memloc_lens.data.readers.READERS"))
+    (Path(folder) / "benchmarks").symlink_to(ROOT / "benchmarks")
+
+
+def leave_temporary_folder(namespace: dict[str, Any]) -> None:
+    """Remove the folder."""
+    namespace.pop("_contexts").close()
+
+
+def forget_modules(folder: str) -> None:
+    """Forget the modules that were imported from a folder."""
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", "")).startswith(folder):
+            del sys.modules[name]
+
+
+def markdown_blocks(document: Document) -> Iterator[Region]:
+    """Find the code blocks that can be tested: Python, what it prints, shell commands, and files with a title."""
+    for region in BLOCKS(document):
+        language, title = region.lexemes["language"], region.lexemes["title"]
+        is_file = title is not None and "." in title
+        evaluator: Callable[[Example], str | None] | None = write_file if is_file else EVALUATORS.get(language)
+        if evaluator is not None:
+            region.parsed = region.lexemes["source"]
+            region.evaluator = evaluator
+            yield region
+
+
+def write_file(example: Example) -> None:
+    """Write a block that is a file; a module is imported too."""
+    path = Path(example.region.lexemes["title"])
+    path.write_text(example.parsed)
+    if path.suffix == ".py":
+        importlib.invalidate_caches()
+        importlib.import_module(path.stem)
+
+
+def run_python(example: Example) -> None:
+    """Run a block and keep what it prints."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        PythonEvaluator()(example)
+    example.namespace["_printed"] = printed.getvalue()
+
+
+def compare_output(example: Example) -> str | None:
+    """Compare a text block with what the Python block above it printed; numbers may differ by 10% between machines."""
+    printed, wanted = example.namespace.pop("_printed", ""), str(example.parsed)
+    words, expected = printed.split(), wanted.split()
+    if len(words) == len(expected) and all(map(is_close, words, expected)):
+        return None
+    return doctest.OutputChecker().output_difference(doctest.Example("", wanted), printed, doctest.REPORT_NDIFF)
+
+
+def is_close(word: str, expected: str) -> bool:
+    """Return whether two words are equal, or equal but for numbers that are close."""
+    texts = [NUMBER.sub("#", each) for each in (word, expected)]
+    numbers = [[float(number) for number in NUMBER.findall(each)] for each in (word, expected)]
+    return texts[0] == texts[1] and all(
+        math.isclose(one, other, rel_tol=0.1, abs_tol=0.05) for one, other in zip(*numbers, strict=True)
+    )
+
+
+def parse_commands(example: Example) -> None:
+    """Parse the commands of this package in a shell block, without running them."""
+    for line in example.parsed.replace("\\\n", " ").splitlines():
+        for command in re.split(r"&&|\|", line):
+            parse_command(shlex.split(command, comments=True))
+
+
+def parse_command(words: list[str]) -> None:
+    """Parse one command; those of other programs are left out.
+
+    Raises:
+        AssertionError: if the command would be refused.
+    """
+    if words[:2] == ["python", "-m"] and words[2].startswith("memloc_lens"):
+        module, arguments = words[2], words[3:]
+    elif words[:1] == ["memloc"]:
+        from memloc_lens.console import COMMANDS
+
+        module, arguments = COMMANDS[words[1]][0], words[2:]
+    else:
+        return
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as shown:
+            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+            read_settings(module, arguments)
+    except SystemExit as error:
+        raise AssertionError(f"{shlex.join(words)} is refused: {error.code}\n{shown.getvalue()}") from error
+
+
+def read_settings(module: str, arguments: list[str]) -> None:
+    """Let a module read its command line, and stop before it does anything."""
+    import tyro
+
+    class Read(Exception):
+        pass
+
+    def only_read(read: Callable[[list[str]], Any], *_: Any) -> None:
+        read(arguments)
+
+    def only_parse(*positional: Any, **named: Any) -> None:
+        parse(*positional, **named | {"args": arguments})
+        raise Read
+
+    main, parse = getattr(importlib.import_module(module), "main", None), tyro.cli
+    if main is not None and "run_command" in main.__globals__:
+        with patch.dict(main.__globals__, run_command=only_read):
+            main()
+    else:
+        with patch.object(tyro, "cli", only_parse), contextlib.suppress(Read):
+            runpy.run_module(module, run_name="__main__")
+
+
+EVALUATORS: dict[str, Callable[[Example], str | None]] = {
+    "python": run_python,
+    "text": compare_output,
+    "sh": parse_commands,
+}
+
+FOLDER = dict(setup=in_temporary_folder, teardown=leave_temporary_folder)
+
+pytest_collect_file = SybilCollection(
+    [
+        Sybil([DocTestParser(OUTPUT)], "*.py", path="memloc_lens", document_types={".py": DocstringDocument}, **FOLDER),
+        Sybil([markdown_blocks], "*.md", path="docs", **FOLDER),
+        Sybil([markdown_blocks], filenames=["README.md", "CONTRIBUTING.md"], **FOLDER),
+    ]
+).pytest()

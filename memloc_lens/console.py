@@ -1,0 +1,26 @@
+"""The console script: ``memloc del``, ``memloc inj``, ``memloc find``, ``memloc agreement``, ``memloc specificity``."""
+
+import importlib
+import sys
+
+COMMANDS = {
+    "del": ("memloc_lens.benchmarks.deletion", "drop located components; measure forgetting and damage"),
+    "inj": ("memloc_lens.benchmarks.injection", "inject texts into known components; measure whether they are found"),
+    "find": ("memloc_lens.data.find", "find sequences of a corpus that a model has memorized"),
+    "agreement": ("memloc_lens.benchmarks.agreement", "compare how a DEL and an INJ run rank the methods"),
+    "specificity": ("memloc_lens.benchmarks.specificity", "analyse whether located components are specific"),
+}
+"""The module of each command, whose `main` runs it, and what it does."""
+
+
+def main() -> None:
+    """Run the command that the first argument names."""
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: memloc COMMAND [OPTIONS]\n\ncommands (memloc COMMAND --help explains one):")
+        print("\n".join(f"  {command:12} {about}" for command, (_, about) in COMMANDS.items()))
+        return
+    if name not in COMMANDS:
+        sys.exit(f"error: no command is called {name!r}; there are {', '.join(COMMANDS)}")
+    sys.argv = [f"memloc {name}", *arguments]
+    importlib.import_module(COMMANDS[name][0]).main()

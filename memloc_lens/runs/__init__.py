@@ -1,0 +1,1 @@
+"""What commands share: the run folder, jobs, settings, the command line and statistics."""

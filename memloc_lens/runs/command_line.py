@@ -1,0 +1,171 @@
+"""The command line: options from dataclasses, configuration files, and errors of one line."""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import field, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from memloc_lens.localizers import LOCALIZERS
+from memloc_lens.runs.methods import AnyLocalizer, name_of, resolve
+from memloc_lens.runs.schema import Published
+from memloc_lens.runs.settings import RunSettings
+
+Settings = TypeVar("Settings")
+BenchmarkSettings = TypeVar("BenchmarkSettings", bound=RunSettings)
+
+METHODS_HELP = (
+    f"Methods to compare: {', '.join(LOCALIZERS)}, or your own as package.module:Class, whose fields become options. "
+    "Default: all that can score the component."
+)
+
+
+def run_command(
+    read: Callable[[list[str]], Settings],
+    run: Callable[[Settings], Any],
+    show: Callable[[Settings, Any], None],
+    arguments: list[str] | None = None,
+) -> None:
+    """Read the settings, run, and show the result; an error is one line, and Ctrl-C says how to resume.
+
+    Args:
+        read: makes settings of the arguments.
+        run: the command, from settings to result.
+        show: prints the result.
+        arguments: of the command line. Default: those of the process.
+    """
+    try:
+        settings = read(sys.argv[1:] if arguments is None else arguments)
+        show(settings, run(settings))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; what was recorded is kept: repeat the command to resume")
+
+
+def parser(settings_class: type[Settings], program: str, about: str | None) -> Callable[[list[str]], Settings]:
+    """Return a function that reads settings from arguments, for `run_command`.
+
+    Args:
+        settings_class: a dataclass whose fields are the options.
+        program: the name of the command.
+        about: shown by ``--help``.
+    """
+    return lambda arguments: _cli(settings_class, program, about, arguments)
+
+
+def benchmark_parser(
+    settings_class: type[BenchmarkSettings], program: str, about: str | None
+) -> Callable[[list[str]], BenchmarkSettings]:
+    """Return a function that reads a benchmark's settings; options of the methods follow from their classes."""
+    return lambda arguments: parse(settings_class, program, about, arguments)
+
+
+def parse(
+    settings_class: type[BenchmarkSettings], program: str, about: str | None, arguments: list[str]
+) -> BenchmarkSettings:
+    """Read a benchmark's settings.
+
+    1. ``--config``, ``--component`` and ``--methods`` are looked up first: the file's settings come before those of the
+       command line, so that the latter override them; the kind of component decides the defaults of the methods; and
+       methods of the user's own bring options of their own.
+    2. The fields of each method become options under its name, as ``--hard-concrete.lr``.
+
+    Raises:
+        ValueError: if the file cannot be read, or a method or setting cannot be used.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--methods", nargs="*")
+    first.add_argument("--component", default=settings_class.component)
+    config = first.parse_known_args(arguments)[0].config
+    table = _read_toml(config) if config else {}
+    table.pop("published", None)
+    arguments = [*_options(table), *arguments]
+    found = first.parse_known_args(arguments)[0]
+    presets = settings_class.presets.get(found.component, {})
+    known = {name: resolve(name, presets) for name in LOCALIZERS}
+    known |= {name: resolve(name) for name in found.methods or () if ":" in name}
+    configurable = {_identifier(localizer): localizer for localizer in known.values() if is_dataclass(localizer)}
+    options = make_dataclass(
+        "Options",
+        [
+            (identifier, Annotated[type(localizer), tyro.conf.arg(name=name_of(localizer))], field(default=localizer))
+            for identifier, localizer in configurable.items()
+        ],
+    )
+    command = make_dataclass(
+        "Command",
+        [
+            ("settings", Annotated[settings_class, tyro.conf.arg(name="")]),
+            ("methods", Annotated[tuple[str, ...], tyro.conf.arg(help=METHODS_HELP)], ()),
+            ("options", Annotated[options, tyro.conf.arg(name="")], field(default_factory=options)),
+        ],
+    )
+    parsed: Any = _cli(command, program, about, arguments)
+    chosen = {name: getattr(parsed.options, _identifier(localizer), localizer) for name, localizer in known.items()}
+    if parsed.methods:
+        methods = tuple(chosen.get(name) or resolve(name) for name in parsed.methods)
+    else:
+        able = RunSettings(component=parsed.settings.component).localizers()
+        methods = tuple(chosen[name_of(localizer)] for localizer in able)
+    return replace(parsed.settings, methods=methods)
+
+
+def published(config: Path | None) -> Published:
+    """Return the published figures of a configuration file, none without one.
+
+    Raises:
+        ValueError: if the file cannot be read, or they are not numbers by method, ratio and metric.
+    """
+    table = _read_toml(config).get("published", {}) if config else {}
+    for method, ratios in _items(table):
+        for ratio, figures in _items(ratios):
+            if not isinstance(figures, dict) or not all(isinstance(value, int | float) for value in figures.values()):
+                raise ValueError(
+                    f"{config}: [{'.'.join(filter(None, ('published', method, ratio)))}] does not hold numbers by "
+                    'metric; write [published.METHOD."RATIO"] and, under it, self_acc = -34.6'
+                )
+    return table
+
+
+def _items(table: Any) -> Iterable[tuple[str, Any]]:
+    """Return what a table of the file holds; what stands in place of a table holds nothing."""
+    return table.items() if isinstance(table, dict) else [("", None)]
+
+
+def _cli(kind: type[Settings], program: str, about: str | None, arguments: list[str]) -> Settings:
+    invoked = sys.argv[0]  # the console script names its commands there
+    return tyro.cli(
+        kind, prog=invoked if invoked.startswith("memloc ") else program, description=about, args=arguments
+    )
+
+
+def _identifier(localizer: AnyLocalizer) -> str:
+    return "of_" + name_of(localizer).replace("-", "_")  # a name may be a keyword
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ValueError(f"the configuration {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"the configuration {path} is not TOML: {error}") from error
+
+
+def _options(table: dict[str, Any], prefix: str = "--") -> Iterator[str]:
+    """Turn a table of settings into the options that say the same."""
+    for name, value in table.items():
+        option = name.replace("_", "-")
+        if isinstance(value, dict):
+            yield from _options(value, f"{prefix}{option}.")
+        elif isinstance(value, bool):
+            yield f"{prefix}{'' if value else 'no-'}{option}"
+        else:
+            yield prefix + option
+            yield from map(str, value if isinstance(value, list) else [value])

@@ -1,0 +1,98 @@
+"""Read a finished run: the one reader of agreement, specificity and whatever else looks at run folders."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from memloc_lens.runs.folder import read_records, score_file
+from memloc_lens.runs.schema import Record
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder with its summary.
+
+    Args:
+        path: of the folder.
+        config: its `config.json`.
+        summary: its `summary.json`.
+        records: of the methods and ratios in the summary; those of states before an ablation and of injections are
+            left out, and those of a later run that is not finished.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def methods(self) -> list[str]:
+        """The methods that have records, in their order."""
+        return list(dict.fromkeys(record["method"] for record in self.records))
+
+    @property
+    def ratios(self) -> list[float]:
+        """The ratios that have records, ascending."""
+        return sorted({record["ratio"] for record in self.records})
+
+    def check_ratio(self, ratio: float | None, default: float | None) -> float:
+        """Return the ratio, or the default if none is given.
+
+        Raises:
+            ValueError: if the run has no records at the ratio.
+        """
+        chosen = default if ratio is None else ratio
+        if chosen is None or chosen not in self.ratios:
+            raise ValueError(
+                f"{self.path} has no records at the ratio {ratio}; it has {', '.join(map(str, self.ratios)) or 'none'}"
+            )
+        return chosen
+
+    def at(self, method: str, ratio: float) -> dict[str, Record]:
+        """Return the record of each sequence of a method at a ratio."""
+        return {
+            record["sequence"]: record
+            for record in self.records
+            if (record["method"], record["ratio"]) == (method, ratio)
+        }
+
+    def scores(self, method: str, *parts: float | int) -> dict[str, torch.Tensor]:
+        """Return the tensors of a score file.
+
+        Raises:
+            ValueError: if the file is missing or holds no scores.
+        """
+        file = score_file(self.path, method, *parts)
+        try:
+            return load_file(file)
+        except (FileNotFoundError, SafetensorError) as error:
+            raise ValueError(f"{file} holds no scores: {error}") from error
+
+
+def read_run(folder: Path, benchmark: str) -> FinishedRun:
+    """Read a finished run of a benchmark.
+
+    Args:
+        folder: of the run.
+        benchmark: "del" or "inj".
+
+    Raises:
+        ValueError: if the folder holds no finished run, or one of another benchmark.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        summary = json.loads((folder / "summary.json").read_text())
+        records = read_records(folder / "records.jsonl")
+    except OSError as error:
+        raise ValueError(f"{folder} holds no finished run: {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no finished run: {error}") from error
+    if summary.get("benchmark") != benchmark:
+        raise ValueError(f"{folder} is a run of {summary.get('benchmark')}; give one of {benchmark}")
+    summarized = {(method, ratio) for method, cells in summary["methods"].items() for ratio in cells}
+    return FinishedRun(folder, config, summary, [r for r in records if (r["method"], str(r["ratio"])) in summarized])

@@ -1,0 +1,150 @@
+"""The methods of a run: by name, from a module of the user's own, or as configured localizers."""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from memloc_lens.components import Component, ComponentName
+from memloc_lens.localizers import LOCALIZERS
+from memloc_lens.runs.schema import BEFORE, INJECTION
+from memloc_lens.sequence import MemorizedSequence
+
+AnyLocalizer = Callable[..., Tensor]
+"""A `Localizer` of the package, or whatever else scores sequences: an object or a function, with or without a name."""
+
+Method = str | AnyLocalizer
+"""A method by name, "package.module:Class", or a localizer with its settings."""
+
+
+def name_of(localizer: AnyLocalizer) -> str:
+    """Return the name of a method in records: its `name`, or its class or function name with hyphens.
+
+    Example:
+        >>> name_of(HardConcrete())
+        'hard-concrete'
+    """
+    own = getattr(localizer, "name", None) or getattr(localizer, "__name__", type(localizer).__name__)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", str(own)).replace("_", "-").lower()
+
+
+def settings_of(localizer: AnyLocalizer) -> dict[str, Any]:
+    """Return what decides the scores of a method: the callable, and the fields of a dataclass."""
+    kind = localizer if hasattr(localizer, "__qualname__") else type(localizer)
+    own: dict[str, Any] = asdict(localizer) if is_dataclass(localizer) and not isinstance(localizer, type) else {}
+    return {"callable": f"{kind.__module__}:{kind.__qualname__}", **own}
+
+
+def resolve(method: Method, presets: Mapping[str, AnyLocalizer] | None = None) -> AnyLocalizer:
+    """Return the localizer that a name stands for, or the localizer itself.
+
+    Args:
+        method: a name of the package's own, "package.module:Class" (or a function of a module), or a localizer.
+        presets: a benchmark's own settings of some methods.
+
+    Raises:
+        ValueError: if there is no such method, the module or class cannot be used, or its name.
+
+    Example:
+        >>> resolve("activations")
+        Activations(reduction='abs_mean', component='neuron')
+    """
+    if not isinstance(method, str):
+        if isinstance(method, type) or not callable(method):
+            raise ValueError(f"method {method!r} is not a localizer; give an instance as HardConcrete(), or a name")
+        return _well_named(method, method)
+    if method in LOCALIZERS:
+        return (presets or {}).get(method) or LOCALIZERS[method]()
+    if ":" not in method:
+        raise ValueError(
+            f"no method is called {method!r}; there are {', '.join(LOCALIZERS)}, and your own as package.module:Class"
+        )
+    return _imported(method)
+
+
+def _imported(method: str) -> AnyLocalizer:
+    module_name, _, attribute = method.partition(":")
+    if str(Path.cwd()) not in sys.path:  # `python -m` looks there, a console script does not
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module_name), attribute)
+        localizer = found() if isinstance(found, type) else found
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise ValueError(f"method {method!r} cannot be used: {type(error).__name__}: {error}") from error
+    if not callable(localizer):
+        raise ValueError(f"method {method!r} is not callable; give a class or function that scores sequences")
+    return _well_named(localizer, method)
+
+
+def _well_named(localizer: AnyLocalizer, method: Method) -> AnyLocalizer:
+    """Refuse a name that would be mistaken for another in records, or cannot be an option or part of a file name."""
+    name = name_of(localizer)
+    if type(localizer) is not LOCALIZERS.get(name, type(localizer)):
+        raise ValueError(f"method {method!r} is called {name!r}, as one of the package; rename it")
+    if name in (BEFORE, INJECTION) or not re.fullmatch("[a-z][a-z0-9-]*", name):
+        raise ValueError(
+            f"method {method!r} is called {name!r}; name it with letters, digits and hyphens, and not {BEFORE} or "
+            f"{INJECTION}"
+        )
+    return localizer
+
+
+def configured(localizer: AnyLocalizer, component: ComponentName, **settings: Any) -> AnyLocalizer:
+    """Return a localizer with a run's component, and with those of the settings that it has a field for.
+
+    Raises:
+        ValueError: if it cannot score the component.
+    """
+    has: set[str] = {entry.name for entry in fields(localizer)} if is_dataclass(localizer) else set()
+    if component != "neuron" and is_dataclass(localizer) and "component" not in has:
+        raise ValueError(f"{name_of(localizer)} scores neurons only, not {component}s")
+    wanted = {"component": component, **settings}
+    chosen = {name: value for name, value in wanted.items() if name in has}
+    return replace(localizer, **chosen) if chosen else localizer  # type: ignore[type-var]
+
+
+def default_methods(component: ComponentName, presets: Mapping[str, AnyLocalizer]) -> tuple[AnyLocalizer, ...]:
+    """Return every method of the package that can score the component."""
+    found = []
+    for name in LOCALIZERS:
+        try:
+            configured(localizer := resolve(name, presets), component)
+        except ValueError:
+            continue
+        found.append(localizer)
+    return tuple(found)
+
+
+def checked_scores(
+    localizer: AnyLocalizer, model: HookedTransformer, sequences: Sequence[MemorizedSequence], component: Component
+) -> Float[Tensor, "sequence layer *unit"]:
+    """Score sequences, and refuse scores that cannot be used.
+
+    Raises:
+        ValueError: naming the method, if its scores have another shape or device, or are not numbers.
+    """
+    name = name_of(localizer)
+    scores = localizer(model, list(sequences))
+    expected = [len(sequences), *component.shape(model)]
+    axes = f"sequence, {component.axes.replace(' ', ', ')}"
+    if not isinstance(scores, Tensor) or list(scores.shape) != expected:
+        found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"{name} returned {found} for {len(sequences)} sequences; {expected} [{axes}] was expected")
+    device = torch.device(model.cfg.device)
+    if scores.device.type != device.type:
+        raise ValueError(f"{name} returned scores on {scores.device}, and the model is on {device}; move them there")
+    if scores.isnan().any():
+        index = scores.isnan().flatten(1).any(dim=1).nonzero()[0].item()
+        raise ValueError(
+            f"{name} returned {int(scores.isnan().sum())} NaN scores, the first for {sequences[int(index)].id}; "
+            "components cannot be ranked by them: check its settings"
+        )
+    return scores.detach().float()

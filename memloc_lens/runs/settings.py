@@ -1,0 +1,136 @@
+"""Settings that DEL and INJ share, and their checks."""
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import torch
+import tyro
+from transformer_lens import HookedTransformer
+
+from memloc_lens.checks import check_choice, check_number
+from memloc_lens.components import ComponentName, component_of
+from memloc_lens.memory import memory_budget, parse_memory
+from memloc_lens.models import EMBEDDED, check_device, load_model
+from memloc_lens.runs.folder import RunFolder
+from memloc_lens.runs.methods import AnyLocalizer, Method, configured, default_methods, name_of, resolve, settings_of
+from memloc_lens.sequence import MemorizedSequence
+
+Precision = Literal["float32", "bfloat16", "float16", "float64"]
+
+NOT_IDENTITY = ("out", "config", "memory", "methods", "limit")
+"""Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of every benchmark.
+
+    Args:
+        model: Model: "embedded", "smollm2-135m", a folder in transformers format, a .gguf file or a name on the hub.
+        data: Sequences.
+        component: Kind of component to locate: MLP neurons, attention heads, or single weights of W_out.
+        ratios: Shares of the components.
+        limit: Number of sequences.
+        out: Folder of the run. An interrupted run resumes when you repeat the command.
+        config: TOML file with settings under the names given here, and published figures to print beside the results.
+            The command line overrides it.
+        device: Device of the model. Default: CUDA if there is one, else the CPU.
+        dtype: Precision of weights and computation.
+        memory: Maximum memory of the process on the device, such as "8GiB". Default: half of the free memory.
+        seed: Seed of all draws.
+        methods: Localizers to compare, by name or with their settings. Default: all that can score the component.
+    """
+
+    presets: ClassVar[Mapping[str, Mapping[str, AnyLocalizer]]] = {}
+    """For each kind of component, the benchmark's own settings of some methods."""
+
+    model: str = EMBEDDED.name
+    data: str | Path | None = None
+    component: ComponentName = "neuron"
+    ratios: tuple[float, ...] = ()
+    limit: int = 0
+    out: Path = Path("runs")
+    config: Path | None = None
+    device: str | None = None
+    dtype: Precision = "float32"
+    memory: str | None = None
+    seed: int = 0
+    methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
+
+    def __post_init__(self) -> None:
+        component_of(self.component)
+        check_choice("dtype", self.dtype, get_args(Precision))
+        check_device(self.device)
+        check_number("limit", self.limit, least=0, whole=True)
+        check_number("seed", self.seed, whole=True)
+        for ratio in self.ratios:
+            check_number("the ratio", ratio, above=0, most=1)
+        if len(set(self.ratios)) < len(self.ratios):
+            raise ValueError(f"ratios are {self.ratios}; name each once")
+        if self.memory is not None:
+            parse_memory(self.memory)
+        names = [name_of(localizer) for localizer in self.localizers()]
+        if len(set(names)) < len(names):
+            raise ValueError(f"methods are {' '.join(names)}; name each once")
+
+    def localizers(self) -> list[AnyLocalizer]:
+        """Return the methods of the run with their settings."""
+        presets = self.presets.get(self.component, {})
+        methods = self.methods or default_methods(self.component, presets)
+        return [configured(resolve(method, presets), self.component) for method in methods]
+
+    def load_model(self) -> HookedTransformer:
+        """Load the model of the run."""
+        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+
+    def memory_budget(self, model: HookedTransformer) -> AbstractContextManager[None]:
+        """Bound the memory of the run, once the model is loaded."""
+        return memory_budget(self.memory, model.cfg.device) if self.memory else nullcontext()
+
+
+def open_folder(
+    settings: RunSettings,
+    model: HookedTransformer,
+    sequences: list[MemorizedSequence],
+    text: list[Any],
+    records: int,
+    key: Sequence[str] = ("sequence", "method", "ratio"),
+) -> RunFolder:
+    """Open the folder of a run, which is identified by its settings, the settings of its methods, and its data.
+
+    Args:
+        settings: of the run.
+        model: of the run.
+        sequences: that the records are about.
+        text: other content that decides records.
+        records: how many there will be at most with scores of their own.
+        key: the fields that identify a record.
+
+    Raises:
+        ValueError: if the folder belongs to another configuration, or its disk has too little free space.
+    """
+    own = {name: value for name, value in vars(settings).items() if name not in NOT_IDENTITY}
+    content = [(sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in sequences]
+    config = {
+        **own,
+        "device": str(model.cfg.device),
+        "data_sha256": hashlib.sha256(repr((content, text)).encode()).hexdigest(),
+        "methods": {name_of(localizer): settings_of(localizer) for localizer in settings.localizers()},
+    }
+    folder = RunFolder(settings.out, config, key)
+    needed = records * (4 * prod(component_of(settings.component).shape(model)) + 2000)
+    free = shutil.disk_usage(settings.out).free
+    if free < needed:
+        raise ValueError(
+            f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free; "
+            "choose another --out"
+        )
+    return folder
+
+

@@ -1,0 +1,70 @@
+import json
+import shutil
+
+import pytest
+from conftest import keys_of, records_of, write_lines
+
+from memloc_lens.benchmarks.deletion import DeletionSettings
+from memloc_lens.runs.finished import read_run
+from memloc_lens.runs.methods import name_of
+from memloc_lens.runs.schema import BEFORE, INJECTION
+
+
+@pytest.fixture
+def run(whole_del, tmp_path):
+    """A copy of a finished run, to be spoiled."""
+    return shutil.copytree(whole_del.out, tmp_path / "run")
+
+
+def test_records_of_methods_and_their_order(whole_del: DeletionSettings):
+    run = read_run(whole_del.out, "del")
+    assert run.records == [json.loads(line) for line in (whole_del.out / "records.jsonl").read_text().splitlines()
+                           if json.loads(line)["method"] != BEFORE]  # fmt: skip
+    assert run.methods == [name_of(localizer) for localizer in whole_del.localizers()]
+    assert run.ratios == sorted(whole_del.ratios)
+    assert run.config == json.loads((whole_del.out / "config.json").read_text())
+    of_random = run.at("random", 0.5)
+    assert list(of_random) == ["s0", "s1", "s2"]
+    assert all((record["method"], record["ratio"]) == ("random", 0.5) for record in of_random.values())
+    assert run.scores("random", 2)["scores"].shape == (1, 3, 128)
+
+
+def test_injections_are_left_out(whole_inj):
+    run = read_run(whole_inj.out, "inj")
+    assert len(run.records) == len([r for r in records_of(whole_inj.out) if r["method"] != INJECTION])
+    assert INJECTION not in run.methods
+    assert run.ratios == [0.2]  # at 1% every injection failed
+
+
+def test_ratios(whole_del):
+    run = read_run(whole_del.out, "del")
+    assert run.check_ratio(None, 0.5) == 0.5
+    assert run.check_ratio(0.1, 0.5) == 0.1
+    for ratio, default in ((0.3, 0.5), (None, None)):
+        with pytest.raises(ValueError, match=rf"has no records at the ratio {ratio}; it has 0\.1, 0\.5"):
+            run.check_ratio(ratio, default)
+
+
+def test_records_of_a_later_run_that_was_cut_short_are_left_out(run):
+    whole = read_run(run, "del")
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    write_lines(run / "records.jsonl", [*records, records[-1] | {"ratio": 0.9}, records[-1] | {"method": "new"}])
+    assert keys_of(read_run(run, "del").records) == keys_of(whole.records)
+
+
+def test_folders_that_hold_no_such_run(run, tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere holds no finished run: .*summary\.json: No such file"):
+        read_run(tmp_path / "nowhere", "del")
+    with pytest.raises(ValueError, match="run is a run of del; give one of inj"):
+        read_run(run, "inj")
+    for name, message in (("records.jsonl", "line 1: not a record"), ("summary.json", "run holds no finished run: ")):
+        content = (run / name).read_text()
+        (run / name).write_text("{nonsense\n")
+        with pytest.raises(ValueError, match=message):
+            read_run(run, "del")
+        (run / name).write_text(content)
+    whole = read_run(run, "del")
+    for spoil in (lambda file: file.write_bytes(file.read_bytes()[:40]), lambda file: file.unlink()):
+        spoil(run / "scores" / "random-00000.safetensors")
+        with pytest.raises(ValueError, match=r"random-00000\.safetensors holds no scores"):
+            whole.scores("random", 0)
