@@ -12,11 +12,9 @@ import importlib
 import io
 import math
 import re
-import runpy
 import shlex
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,10 +122,9 @@ def compare_output(example: Example) -> str | None:
 
 def is_close(word: str, expected: str) -> bool:
     """Return whether two words are equal, or equal but for numbers that are close."""
-    texts = [NUMBER.sub("#", each) for each in (word, expected)]
-    numbers = [[float(number) for number in NUMBER.findall(each)] for each in (word, expected)]
-    return texts[0] == texts[1] and all(
-        math.isclose(one, other, rel_tol=0.1, abs_tol=0.05) for one, other in zip(*numbers, strict=True)
+    pairs = zip(NUMBER.findall(word), NUMBER.findall(expected), strict=True)
+    return NUMBER.sub("#", word) == NUMBER.sub("#", expected) and all(
+        math.isclose(float(one), float(other), rel_tol=0.1, abs_tol=0.05) for one, other in pairs
     )
 
 
@@ -153,34 +150,29 @@ def parse_command(words: list[str]) -> None:
     else:
         return
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()) as shown:
-            warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+        with contextlib.redirect_stdout(io.StringIO()) as shown:
             read_settings(module, arguments)
     except SystemExit as error:
         raise AssertionError(f"{shlex.join(words)} is refused: {error.code}\n{shown.getvalue()}") from error
 
 
-def read_settings(module: str, arguments: list[str]) -> None:
-    """Let a module read its command line, and stop before it does anything."""
-    import tyro
-
-    class Read(Exception):
-        pass
+def read_settings(name: str, arguments: list[str]) -> None:
+    """Let a module read its command line as on a machine with GPUs, and stop before it does anything."""
+    has_read = False
 
     def only_read(read: Callable[[list[str]], Any], *_: Any) -> None:
+        nonlocal has_read
         read(arguments)
+        has_read = True
 
-    def only_parse(*positional: Any, **named: Any) -> None:
-        parse(*positional, **named | {"args": arguments})
-        raise Read
-
-    main, parse = getattr(importlib.import_module(module), "main", None), tyro.cli
-    if main is not None and "run_command" in main.__globals__:
-        with patch.dict(main.__globals__, run_command=only_read):
-            main()
-    else:
-        with patch.object(tyro, "cli", only_parse), contextlib.suppress(Read):
-            runpy.run_module(module, run_name="__main__")
+    main = importlib.import_module(name).main
+    with (
+        patch.object(importlib.import_module(main.__module__), "run_command", only_read),
+        patch("torch.cuda.is_available", return_value=True),
+        patch("torch.cuda.device_count", return_value=8),
+    ):
+        main()
+    assert has_read, f"{name} has not read its command line"
 
 
 EVALUATORS: dict[str, Callable[[Example], str | None]] = {

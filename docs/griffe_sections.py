@@ -1,7 +1,8 @@
-"""Griffe extension: the sections of our docstrings under the names that Griffe knows.
+"""Griffe extension: our docstrings in the form that Griffe and Markdown know.
 
-`Example:` is shown as code, as Griffe does with `Examples:`. The `Args:` of a `TypedDict` are its keys, which Griffe
-calls attributes.
+- `Example:` is shown as code, as Griffe does with `Examples:`.
+- The `Args:` of a `TypedDict` are its keys, which Griffe calls attributes.
+- Two indices, as in post[l][t], are not a link.
 """
 
 import re
@@ -11,12 +12,19 @@ import griffe
 
 
 class Sections(griffe.Extension):
-    """Rename the sections of every docstring."""
+    """Rewrite every docstring."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Rename the sections of one object."""
+        """Rewrite the docstring of one object."""
         if obj.docstring is None:
             return
-        obj.docstring.value = re.sub(r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE)
+        lines = [_without_links(line) for line in obj.docstring.value.split("\n")]
+        text = re.sub(r"^( *)Example:$", r"\1Examples:", "\n".join(lines), flags=re.MULTILINE)
         if isinstance(obj, griffe.Class) and any(str(base).endswith("TypedDict") for base in obj.bases):
-            obj.docstring.value = re.sub(r"^Args:$", "Attributes:", obj.docstring.value, flags=re.MULTILINE)
+            text = re.sub(r"^Args:$", "Attributes:", text, flags=re.MULTILINE)
+        obj.docstring.value = text
+
+
+def _without_links(line: str) -> str:
+    is_code = "`" in line or line.startswith("    ")
+    return line if is_code else line.replace("][", "]\\[")

@@ -26,9 +26,7 @@ RESULTS = ROOT / "docs" / "results"
 MARKER = re.compile(r"^<!-- results: ([\w-]+)\.json -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 CARD = "memloc_lens/models/embedded/CARD.md"
-HEADLINE = re.compile(
-    r"(?<=<!-- headline: made by docs/hooks\.py from docs/results -->\n).*?(?=<!-- end -->)", re.DOTALL
-)
+HEADLINE = re.compile(r"(?<=<!-- made by docs/hooks\.py from docs/results -->\n).*?(?=<!-- end -->)", re.DOTALL)
 PROVENANCE = ("command", "commit", "machine", "date")
 
 
@@ -92,7 +90,7 @@ def headline() -> str:
         found = injection[method][at_inj]
         shown += [f"{found['recall@0.05']['mean']:.1f}", f"{found['auroc']['mean']:.3f}"]
         lines.append(_row(method, shown))
-    return "\n".join(lines) + "\n"
+    return "\n".join(["", *lines, "", ""])
 
 
 def _row(method: str, cells: Sequence[str]) -> str:

@@ -40,7 +40,8 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         >>> check_choice("scope", "layer", ("layer", "global"))
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}")
+        given = repr(value) if isinstance(value, str) else described(value)
+        raise ValueError(f"{name} is {given}; it must be one of {', '.join(map(repr, choices))}")
 
 
 def check_text(name: str, value: object) -> None:

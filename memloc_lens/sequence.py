@@ -112,7 +112,8 @@ def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
     try:
         row = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"sequence {id!r} has tokens {str(tokens)[:60]}; tokens must be whole numbers") from error
+        shown = " ".join(str(tokens).split())[:60]
+        raise ValueError(f"sequence {id!r} has tokens {shown}; tokens must be whole numbers") from error
     if row.is_floating_point() or row.is_complex() or row.dtype == torch.bool:
         if row.numel():
             raise ValueError(f"sequence {id!r} has tokens of {row.dtype}; tokens must be whole numbers")

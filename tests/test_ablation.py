@@ -4,6 +4,11 @@ from itertools import permutations
 import naive
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel as Original
+
 from conftest import (
     ARCHITECTURES,
     CONTEXT,
@@ -16,11 +21,6 @@ from conftest import (
     some_of,
     state_of,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
-from transformers import PreTrainedModel as Original
-
 from memloc_lens import (
     COMPONENTS,
     HEADS,

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from conftest import EACH_COMPONENT, PROMPT, random_sequence, some_of
 from torch.nn.functional import cross_entropy
 
+from conftest import EACH_COMPONENT, PROMPT, random_sequence, some_of
 from memloc_lens import HEADS, NEURONS, WEIGHTS, ComponentSet, Neurons, ZeroOut, ablate, forward
 from memloc_lens.forward import PrefixCache, final_residual, run_layers, target_logits, target_loss, target_losses
 from memloc_lens.metrics import perplexity, teacher_forced

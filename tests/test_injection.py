@@ -1,10 +1,10 @@
 import naive
 import pytest
 import torch
-from conftest import assert_same_state, random_sequence, state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import assert_same_state, random_sequence, state_of
 from memloc_lens import COMPONENTS, MemorizedSequence, inject, load_definitions
 from memloc_lens.metrics import free_running, suffix_accuracy
 
@@ -138,8 +138,16 @@ def test_weights_come_back_whatever_happens_inside(gpt2, seed, ratio, kinds, err
 
 
 @EACH_KIND
-@pytest.mark.parametrize("place", ["torch.optim.Adam.step", "torch.Tensor.backward", "memloc_lens.injection.target_loss",
-                                   "memloc_lens.injection._written", "memloc_lens.injection._loss"])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        "torch.optim.Adam.step",
+        "torch.Tensor.backward",
+        "memloc_lens.injection.target_loss",
+        "memloc_lens.injection._written",
+        "memloc_lens.injection._loss",
+    ],
+)
 def test_an_interruption_of_the_training_itself(gpt2, sequence, monkeypatch, component, place):
     before = state_of(gpt2)
 

@@ -2,10 +2,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import random_sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conftest import random_sequence
 from memloc_lens import HardConcrete, IntegratedGradients, Slimming, ZeroOut, memory, memory_budget
 from memloc_lens.memory import in_chunks, parse_memory, rows_at_once
 

@@ -3,10 +3,10 @@ import math
 import naive
 import pytest
 import torch
-from conftest import EACH_COMPONENT, random_sequence, some_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import EACH_COMPONENT, random_sequence, some_of
 from memloc_lens import (
     COMPONENTS,
     HEADS,

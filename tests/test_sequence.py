@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_sequence
 
+from conftest import random_sequence
 from memloc_lens import Activations, MemorizedSequence, Random, Slimming
 from memloc_lens.generation import free_running
 from memloc_lens.sequence import Batch, check_sequences, equal_length_batches
@@ -29,7 +29,7 @@ TOKENS = [3, 1, 2, 96]
     "tokens",
     [TOKENS, tuple(TOKENS), [np.int32(token) for token in TOKENS], [torch.tensor(token) for token in TOKENS],
      *(np.array(TOKENS, dtype=kind) for kind in ("int64", "int32", "int16", "uint8", "uint16", "uint32")),
-     *(torch.tensor(TOKENS, dtype=kind) for kind in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16))],
+     *(torch.tensor(TOKENS).to(kind) for kind in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16))],
     ids=lambda tokens: f"{type(tokens).__name__}-{getattr(tokens, 'dtype', type(tokens[0]).__name__)}",
 )  # fmt: skip
 def test_whole_numbers_of_any_kind_are_tokens(gpt2, tokens, prompt_len):

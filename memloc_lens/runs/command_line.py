@@ -5,6 +5,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field, is_dataclass, make_dataclass, replace
+from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -140,13 +141,12 @@ def _items(table: Any) -> Iterable[tuple[str, Any]]:
 
 def _cli(kind: type[Settings], program: str, about: str | None, arguments: list[str]) -> Settings:
     invoked = sys.argv[0]  # the console script names its commands there
-    return tyro.cli(
-        kind, prog=invoked if invoked.startswith("memloc ") else program, description=about, args=arguments
-    )
+    return tyro.cli(kind, prog=invoked if invoked.startswith("memloc ") else program, description=about, args=arguments)
 
 
 def _identifier(localizer: AnyLocalizer) -> str:
-    return "of_" + name_of(localizer).replace("-", "_")  # a name may be a keyword
+    name = name_of(localizer).replace("-", "_")
+    return f"{name}_" if iskeyword(name) else name
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

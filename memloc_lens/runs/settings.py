@@ -132,5 +132,3 @@ def open_folder(
             "choose another --out"
         )
     return folder
-
-

@@ -5,14 +5,20 @@ from dataclasses import replace
 import engines
 import numpy as np
 import pytest
-from conftest import records_of, write_lines
 
+from conftest import records_of, write_lines
 from memloc_lens.benchmarks import agreement
 from memloc_lens.benchmarks.agreement import BASELINES, LEVEL, AgreementSettings, compare, print_agreement, show
 from memloc_lens.runs import settings as settings_module
 
 METHODS = ("a", "b", "c", "d")
 SEQUENCES = {"del": 6, "inj": 7}
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Fewer than a user gets, and still more than there are sign flips, so that p-values are exact."""
+    monkeypatch.setattr(agreement, "RESAMPLES", 400)
 
 
 def write_run(folder, benchmark: str, metric: str, ratio: float, values: dict[str, list[float]]):
@@ -90,9 +96,6 @@ def test_baselines_on_demand_and_the_same_with_the_same_seed(runs):
     with_baselines = compare(AgreementSettings(run_del, run_inj, baselines=True))
     assert set(with_baselines["methods"]) == {*METHODS, "random"}
     assert with_baselines == compare(AgreementSettings(run_del, run_inj, baselines=True))
-    other = compare(AgreementSettings(run_del, run_inj, baselines=True, seed=1))
-    assert other["methods"]["a"][0]["mean"] == with_baselines["methods"]["a"][0]["mean"]
-    assert other != with_baselines
 
 
 def test_the_table_and_the_file(runs, tmp_path, capsys):

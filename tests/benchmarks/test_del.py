@@ -6,9 +6,9 @@ from statistics import fmean
 import engines
 import pytest
 import torch
-from conftest import QUICK, Killed, keys_of, records_of, write_lines
 from safetensors.torch import load_file
 
+from conftest import QUICK, Killed, keys_of, records_of, write_lines
 from memloc_lens import COMPONENTS, LOCALIZERS, Activations, Neurons, Random, WeightNorm, load_model
 from memloc_lens.benchmarks import deletion, measurement
 from memloc_lens.benchmarks.deletion import DeletionSettings, run, show

@@ -7,8 +7,8 @@ from multiprocessing import get_context
 
 import engines
 import pytest
-from conftest import keys_of, records_of
 
+from conftest import keys_of, records_of
 from memloc_lens.benchmarks import deletion, injection
 
 KINDS = {"backwards": engines.backwards, "shuffled": engines.shuffled, "twice": engines.twice, "elsewhere": None}

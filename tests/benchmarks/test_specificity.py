@@ -8,9 +8,9 @@ import engines
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
 from rich.console import Console
 
+from conftest import VOCAB
 from memloc_lens import COMPONENTS, Activations, load_model
 from memloc_lens.ablation import ablate
 from memloc_lens.benchmarks import specificity

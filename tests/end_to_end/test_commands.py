@@ -11,75 +11,101 @@ from pathlib import Path
 
 import pytest
 
+from conftest import keys_of, records_of
+from memloc_lens.runs.schema import BEFORE
+
 COMMAND = [sys.executable, "-m", "memloc_lens.benchmarks.del"]
-SMALL = (
-    "--limit 2 --negatives 4 --controls 2 --text-tokens 256 --ratios 0.05 0.1 --device cpu "
-    "--methods slimming integrated-gradients activations random"
-).split()
-README = Path(__file__).parents[2] / "README.md"
+METHODS = "activations random".split()
+RATIOS = "0.05 0.1".split()
+SMALL = [*"--limit 2 --negatives 4 --controls 2 --text-tokens 128 --device cpu --ratios".split(), *RATIOS,
+         "--methods", *METHODS]  # fmt: skip
+RECORDS = 2 * (1 + len(METHODS) * len(RATIOS))
+"""Of each target the state before, and one for each method and ratio."""
+OWN = """
+from dataclasses import dataclass
+
+import torch
 
 
-def records_of(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.endswith("_seconds")} for line in lines]
+@dataclass(frozen=True)
+class Mine:
+    strength: float = 1.0
+
+    def __call__(self, model, sequences):
+        norms = torch.stack([block.mlp.W_out.norm(dim=1) for block in model.blocks])
+        return self.strength * norms.expand(len(sequences), *norms.shape)
+
+
+def plain(model, sequences):
+    return -Mine()(model, sequences)
+"""
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, cwd=cwd)
+
+
+def written(out: Path) -> int:
+    """How many lines of records a run has written so far."""
+    file = out / "records.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
 def test_kill_and_go_on(tmp_path):
-    whole = subprocess.run(
-        [*COMMAND, *SMALL, "--out", str(tmp_path / "whole")], check=True, capture_output=True, text=True
-    )
+    whole = command(*SMALL, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
     assert "Self-Acc" in whole.stdout
-    assert len(records_of(tmp_path / "whole")) == 2 * 4 * 2
+    records = records_of(tmp_path / "whole")
+    assert len(records) == len(set(keys_of(records))) == RECORDS
 
     out = tmp_path / "killed"
     running = subprocess.Popen(
         [*COMMAND, *SMALL, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
     try:
-        while running.poll() is None and not (out / "records.jsonl").exists():
+        while running.poll() is None and written(out) < 4:
             time.sleep(0.01)
         os.kill(running.pid, signal.SIGKILL)
     finally:
         running.wait()
-    assert len((out / "records.jsonl").read_text().splitlines()) < 16
-    subprocess.run([*COMMAND, *SMALL, "--out", str(out)], check=True, capture_output=True)
-    assert records_of(out) == records_of(tmp_path / "whole")
+    assert 4 <= written(out) < RECORDS
+    assert command(*SMALL, "--out", out).returncode == 0
+    assert records_of(out) == records
     assert (out / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
 
-    other = subprocess.run([*COMMAND, *SMALL, "--seed", "1", "--out", str(out)], capture_output=True, text=True)
+
+def test_methods_of_the_users_own(recited, tmp_path):
+    (tmp_path / "mymod.py").write_text(OWN)
+    small = (
+        f"--model {recited / 'model'} --data {recited / 'data.jsonl'} --limit 2 --negatives 2 --controls 1 --ratios 0.5 "
+        f"--device cpu --out run --methods random weight-norm mymod:Mine"
+    ).split()
+    shown = command(*small, "mymod:plain", "--mine.strength", "3", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"│ mine +│", shown.stdout)
+    assert re.search(r"│ plain +│", shown.stdout)
+    records, methods = records_of(tmp_path / "run"), ("random", "weight-norm", "mine", "plain")
+    wanted = [(t, m, r) for t in ("s0", "s1") for m, r in ((BEFORE, 0.0), *((method, 0.5) for method in methods))]
+    assert sorted(keys_of(records)) == sorted(wanted)
+    by_method = [[{**r, "method": ""} for r in records if r["method"] == method] for method in ("mine", "weight-norm")]
+    assert by_method[0] == by_method[1]  # three times the scores are the same ranking
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["methods"]["mine"] == {"callable": "mymod:Mine", "strength": 3.0}
+    assert config["methods"]["plain"] == {"callable": "mymod:plain"}
+
+    other = command(*small, "--mine.strength", "4", cwd=tmp_path)
     assert other.returncode != 0
-    assert "error: " in other.stderr
-    assert "seed is 0 there and 1 here" in other.stderr
+    assert "mine.strength is 3.0 there and 4.0 here" in other.stderr
     assert "Traceback" not in other.stderr
 
 
-def test_help_explains_every_field():
-    from dataclasses import fields
-
-    from memloc_lens.benchmarks.deletion import Settings
-
-    shown = subprocess.run([*COMMAND, "--help"], check=True, capture_output=True, text=True).stdout
-    shown = re.sub(r"[\s│]+", " ", shown)  # lines break where the terminal, or what stands in for it, ends
-    for entry in fields(Settings):
-        assert "--" + entry.name.replace("_", "-") in shown
-    assert "the paper leaves out layer 0" in shown
-    assert "training ends when the mean absolute mask falls under it" in shown
-
-
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--model", "/nowhere"], "no model at '/nowhere'"),
     (["--ratios", "0.0001"], "takes none of 768 neurons"),
-    (["--methods", "guess"], "guess"),
+    (["--hard-concrete.lr", "nan"], "lr is nan; it must be a number above 0"),
 ])  # fmt: skip
 def test_bad_arguments_are_one_error(tmp_path, arguments, message):
-    shown = subprocess.run([*COMMAND, *arguments, "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    shown = command(*arguments, "--out", tmp_path / "run")
     assert shown.returncode != 0
     assert message in shown.stderr + shown.stdout
     assert "Traceback" not in shown.stderr
-
-
-def test_python_of_the_readme_runs_as_printed(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
-    (tmp_path / "readme.py").write_text("\n".join(blocks))
-    subprocess.run([sys.executable, "readme.py"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert not (tmp_path / "run").exists()

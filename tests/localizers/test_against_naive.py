@@ -6,8 +6,8 @@ import naive
 import pytest
 import torch
 from captum.attr import IntegratedGradients as CaptumIntegratedGradients
-from conftest import random_sequence
 
+from conftest import random_sequence
 from memloc_lens import (
     COMPONENTS,
     Activations,
@@ -19,8 +19,8 @@ from memloc_lens import (
     ZeroOut,
     top_components,
 )
-from memloc_lens.sequence import Batch
 from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without, estimated_rises
+from memloc_lens.sequence import Batch
 
 
 def close(scores: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> bool:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import assert_same_state, random_sequence, state_of
 
+from conftest import assert_same_state, random_sequence, state_of
 from memloc_lens import (
     COMPONENTS,
     LOCALIZERS,

@@ -124,7 +124,9 @@ def test_a_configuration_comes_before_the_command_line(tmp_path):
 
 
 def test_methods_and_their_options():
-    settings = read("--methods", "activations", "slimming", "--slimming.lr", "0.5", "--activations.reduction", "mean_abs")
+    settings = read(
+        "--methods", "activations", "slimming", "--slimming.lr", "0.5", "--activations.reduction", "mean_abs"
+    )
     assert settings.methods == (Activations("mean_abs"), Slimming(lr=0.5))
     of_heads = read("--component", "head")
     assert {"zero-out", "slimming"} < {name_of(localizer) for localizer in of_heads.methods}
@@ -304,20 +306,34 @@ def test_a_changed_own_setting_is_noticed(module, command, small_arguments, tmp_
         "where": "here",
         "bold": False,
     }
-    status, said = command(deletion.main, *arguments, "--mine.strength", "4")
-    assert status == 1
-    assert "mine.strength is 3.0 there and 4.0 here" in said
+    for change, message in (
+        (("--mine.strength", "4"), "mine.strength is 3.0 there and 4.0 here"),
+        (("--mine.strength", "3", "--seed", "1"), "seed is 0 there and 1 here"),
+    ):
+        status, said = command(deletion.main, *arguments, *change)
+        assert status == 1
+        assert re.search(f"^error: .*{message}.*--out", said)
     assert command(deletion.main, *arguments, "--mine.strength", "3")[0] == 0
     assert (tmp_path / "run" / "records.jsonl").read_bytes() == records
 
 
-def test_every_setting_is_an_option(capsys):
-    for kind in (DeletionSettings, InjectionSettings):
-        with pytest.raises(SystemExit):
-            parse(kind, "command", None, ["--help"])
-        shown = capsys.readouterr().out
-        for entry in fields(kind):
-            assert "--" + entry.name.replace("_", "-") in shown
-        for name, localizer in LOCALIZERS.items():
-            for entry in fields(localizer):
-                assert f"--{name}.{entry.name.replace('_', '-')}" in shown
+@pytest.mark.parametrize(
+    ("kind", "explained"),
+    [
+        (DeletionSettings, "the paper leaves out layer 0"),
+        (InjectionSettings, "The injection ends, and has succeeded, when the loss of the text is under this value"),
+    ],
+)
+def test_help_explains_every_setting(capsys, kind, explained):
+    with pytest.raises(SystemExit):
+        parse(kind, "command", "What it is about.", ["--help"])
+    shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)  # lines break where the terminal ends
+    assert "What it is about." in shown
+    assert explained in shown
+    assert "Training ends when the mean absolute mask falls under this value" in shown
+    assert f"Methods to compare: {', '.join(LOCALIZERS)}, or your own as package.module:Class" in shown
+    for entry in fields(kind):
+        assert "--" + entry.name.replace("_", "-") in shown
+    for name, localizer in LOCALIZERS.items():
+        for entry in fields(localizer):
+            assert f"--{name}.{entry.name.replace('_', '-')}" in shown

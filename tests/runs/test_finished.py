@@ -2,8 +2,8 @@ import json
 import shutil
 
 import pytest
-from conftest import keys_of, records_of, write_lines
 
+from conftest import keys_of, records_of, write_lines
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.runs.finished import read_run
 from memloc_lens.runs.methods import name_of

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_sequence
 
+from conftest import random_sequence
 from memloc_lens import (
     HEADS,
     LOCALIZERS,
