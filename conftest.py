@@ -50,7 +50,7 @@ class DocstringDocument(PythonDocStringDocument):
     """The docstrings of a module, whose examples see its public names and the shared ones."""
 
     def import_document(self, example: Example) -> None:
-        """Fill the namespace, in place of the module's private names."""
+        """Fill the namespace with public names only."""
         parts = Path(self.path).relative_to(ROOT).with_suffix("").parts
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         public = {name: value for name, value in vars(module).items() if not name.startswith("_")}

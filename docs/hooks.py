@@ -38,7 +38,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def included(name: str) -> str:
-    """Return a file of the repository with its links to pages of the site set right."""
+    """Return a file of the repository with its links changed to pages of the site."""
     text = (ROOT / name).read_text("utf-8")
     return text.replace(f"]({CARD})", "](embedded-model.md)").replace("](docs/", "](")
 

@@ -56,13 +56,13 @@ class State:
     """
 
     def __init__(self, material: Material, free: dict[str, Match] | None = None) -> None:
-        self._material, self._free = material, free or {}
+        self.material, self._free = material, free or {}
         self._alone: dict[str, Match] = {}
 
     @cached_property
     def _others(self) -> dict[str, Match]:
         # in the same batches whatever the target, so that the prefix cache serves them again
-        material, others = self._material, self._material.others + self._material.controls
+        material, others = self.material, self.material.others + self.material.controls
         predictions = teacher_forced(material.model, others, material.batch, material.prefix)
         return matches(material.model, others, predictions)
 
@@ -71,35 +71,35 @@ class State:
         if sequence.id in self._others:
             return self._others[sequence.id]
         if sequence.id not in self._alone:
-            predictions = teacher_forced(self._material.model, [sequence], prefix=self._material.prefix)
-            self._alone |= matches(self._material.model, [sequence], predictions)
+            predictions = teacher_forced(self.material.model, [sequence], prefix=self.material.prefix)
+            self._alone |= matches(self.material.model, [sequence], predictions)
         return self._alone[sequence.id]
 
     def free(self, target: MemorizedSequence) -> Match:
         """Return the match of the greedy continuation of a target's prompt."""
         if target.id not in self._free:
-            self._free |= matches(self._material.model, [target], free_running(self._material.model, [target]))
+            self._free |= matches(self.material.model, [target], free_running(self.material.model, [target]))
         return self._free[target.id]
 
     def negatives(self, target: MemorizedSequence) -> list[Match]:
         """Return the matches of all other memorized sequences."""
-        return [self.forced(sequence) for sequence in self._material.negatives(target)]
+        return [self.forced(sequence) for sequence in self.material.negatives(target)]
 
     def related(self, target: MemorizedSequence, wanted: bool) -> list[Match]:
         """Return the matches of those that share a category with the target, or of those that share none."""
-        negatives = self._material.negatives(target)
+        negatives = self.material.negatives(target)
         if not all(sequence.category for sequence in [target, *negatives]):
             return []
         return [self.forced(other) for other in negatives if bool(set(other.category) & set(target.category)) == wanted]
 
     def controls(self) -> list[Match]:
         """Return the matches of the control sequences."""
-        return [self.forced(sequence) for sequence in self._material.controls]
+        return [self.forced(sequence) for sequence in self.material.controls]
 
     @cached_property
     def perplexity(self) -> float | None:
         """The perplexity of the text; none without a text."""
-        material = self._material
+        material = self.material
         if material.text is None:
             return None
         return perplexity(material.model, material.text, material.batch, material.prefix)

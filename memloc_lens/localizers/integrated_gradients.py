@@ -5,7 +5,7 @@ activations of layer l *at t alone* are scaled from nothing to their own value i
 
     score[l, i] = mean over t of  post[l][t, i] * (1/m) * sum over a of  d p(x_{t+1} | x_<=t) / d post[l][t, i]
 
-where the derivative is taken at a * post[l][t].
+where the derivative is taken at `a * post[l][t]`.
 
 Done directly, this takes one run of a prefix for every t. But a change at t alone reaches other positions only
 through attention from later positions, and the probability at t depends on position t alone. So all positions go

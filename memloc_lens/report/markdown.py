@@ -55,7 +55,7 @@ def deletion_tables(summary: DeletionSummary, columns: Sequence[Column]) -> str:
 
 
 def injection_tables(summary: InjectionSummary, columns_of: Callable[[float], Sequence[Column]]) -> str:
-    """Return the tables of an INJ run, each with how the injections went.
+    """Return the tables of an INJ run, with how many injections succeeded.
 
     Args:
         summary: the content of `summary.json`.

@@ -38,8 +38,9 @@ def forgetting_page(model: HookedTransformer, sequence: MemorizedSequence, neuro
         ValueError: if the model has no tokenizer.
 
     Example:
+        >>> neurons = top_neurons(Activations()(model, sequence), ratio=0.05, first_layer=1)
         >>> page = forgetting_page(model, sequence, neurons)
-        >>> Path("forgetting.html").write_text(page)
+        >>> written = Path("forgetting.html").write_text(page)
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer to write the tokens with")

@@ -23,7 +23,7 @@ from memloc_lens.sequence import MemorizedSequence
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
-NOT_IDENTITY = ("out", "config", "memory", "methods", "limit")
+NOT_IDENTITY = ("out", "config", "memory", "methods")
 """Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
 
 
