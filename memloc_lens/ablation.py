@@ -75,8 +75,8 @@ def ablate(
 def _common_component(model: HookedTransformer, sets: Sequence[ComponentSet]) -> Component:
     if not isinstance(sets, list | tuple) or not sets or not all(isinstance(item, ComponentSet) for item in sets):
         raise ValueError(
-            f"the components are {described(sets)}; give a set such as top_neurons(scores, ratio) returns, or a list of "
-            "them"
+            f"the components are {described(sets)}; give a set such as top_neurons(scores, ratio) returns, or a list "
+            "of them"
         )
     component = sets[0].component
     for item in sets:

@@ -13,7 +13,6 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_text, described
 
-
 Tokens = Integer[Tensor, " pos"] | Integer[np.ndarray, " pos"] | Sequence[SupportsIndex]
 """What a sequence can be made from."""
 

@@ -14,7 +14,7 @@ A good localizer lowers self accuracy and nothing else.
 import random
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from memloc_lens.products import fast_products
 from memloc_lens.report.table import print_comparison
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
 from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
-from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
+from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, configured, name_of
 from memloc_lens.runs.schema import BEFORE, DeletionSummary, Record
 from memloc_lens.runs.settings import RunSettings, open_folder
@@ -289,15 +289,15 @@ class MakeWorker:
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
-        material = self.material
-        if material is None:
-            material = load_material(self.settings)
-            contexts = ExitStack()  # stay open as long as the process
-            contexts.enter_context(self.settings.memory_budget(material.model))
-            contexts.enter_context(fast_products(material.model.cfg.device))
-        if not self.before:
-            return partial(_before, material)
-        return partial(_measured, self.settings, material, {record["sequence"]: record for record in self.before})
+        material = self.material or load_material(self.settings)
+        worker: Worker = partial(_before, material)
+        if self.before:
+            before = {record["sequence"]: record for record in self.before}
+            worker = partial(_measured, self.settings, material, before)
+        if self.material:
+            return worker
+        model = material.model
+        return kept_open(worker, self.settings.memory_budget(model), fast_products(model.cfg.device))
 
 
 def _before(material: Material, job: Job) -> Iterator[Record]:

@@ -17,7 +17,7 @@ the first.
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ from memloc_lens.products import fast_products
 from memloc_lens.report.table import print_comparison, print_tuning
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
 from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
-from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
+from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, name_of
 from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSummary, Record, TuningSummary
 from memloc_lens.runs.settings import RunSettings, open_folder
@@ -224,13 +224,12 @@ class MakeWorker:
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
-        material = self.material
-        if material is None:
-            material = load_material(self.settings)
-            contexts = ExitStack()  # stay open as long as the process
-            contexts.enter_context(self.settings.memory_budget(material.model))
-            contexts.enter_context(fast_products(material.model.cfg.device))
-        return partial(_records, self.settings, material)
+        material = self.material or load_material(self.settings)
+        worker = partial(_records, self.settings, material)
+        if self.material:
+            return worker
+        model = material.model
+        return kept_open(worker, self.settings.memory_budget(model), fast_products(model.cfg.device))
 
 
 def _records(settings: InjectionSettings, material: Material, job: Job) -> Iterator[Record]:

@@ -9,6 +9,7 @@
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,6 +70,18 @@ class InMemory:
 Worker = Callable[[Job], Iterable[Record]]
 MakeWorker = Callable[[], Worker]
 Engine = Callable[[MakeWorker, Iterable[Job]], Iterator[Record]]
+
+
+def kept_open(worker: Worker, *contexts: AbstractContextManager[None]) -> Worker:
+    """Return the worker with contexts that stay open as long as it lives: for a process that runs nothing else."""
+    stack = ExitStack()
+    for context in contexts:
+        stack.enter_context(context)
+
+    def work(job: Job, stack: ExitStack = stack) -> Iterable[Record]:
+        return worker(job)
+
+    return work
 
 
 def serial(make_worker: MakeWorker, jobs: Iterable[Job]) -> Iterator[Record]:

@@ -160,5 +160,5 @@ def test_the_command(runs, tmp_path, monkeypatch, capsys):
     assert "random" in capsys.readouterr().out
     assert json.loads(out.read_text()) == compare(AgreementSettings(run_del, run_inj, baselines=True))
     monkeypatch.setattr("sys.argv", ["agreement", str(run_inj), str(run_inj)])
-    with pytest.raises(SystemExit, match="error: .* is a run of inj; give one of del"):
+    with pytest.raises(SystemExit, match=r"error: .* is a run of inj; give one of del"):
         agreement.main()

@@ -347,7 +347,7 @@ def test_a_data_file_is_refused_by_line(small_del, tmp_path):
 def test_ids_must_differ(small_del, tmp_path):
     row = {"tokens": [1, 2], "prompt_len": 1, "id": "a"}
     data = write_lines(tmp_path / "same.jsonl", [row, row])
-    with pytest.raises(ValueError, match="share an id|the id 'a'"):
+    with pytest.raises(ValueError, match=r"share an id|the id 'a'"):
         run(replace(small_del, data=data, out=tmp_path / "run"))
 
 
@@ -364,7 +364,7 @@ def test_changed_data_is_another_configuration(small_del, tmp_path):
 def test_a_full_disk_is_seen_before_the_work(small_del, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(ValueError, match="the run needs about .* free; choose another --out"):
+    with pytest.raises(ValueError, match=r"the run needs about .* free; choose another --out"):
         run(replace(small_del, out=tmp_path / "run"), engines.forbidden)
 
 

@@ -199,5 +199,5 @@ def test_bad_runs(finished, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no scores"):
         analyse(SpecificitySettings(tmp_path, device="cpu"))
     monkeypatch.setattr("sys.argv", ["specificity", str(tmp_path), "--device", "cpu"])
-    with pytest.raises(SystemExit, match="error: .*holds no scores"):
+    with pytest.raises(SystemExit, match=r"error: .*holds no scores"):
         specificity.main()

@@ -77,8 +77,8 @@ def test_kill_and_go_on(tmp_path):
 def test_methods_of_the_users_own(recited, tmp_path):
     (tmp_path / "mymod.py").write_text(OWN)
     small = (
-        f"--model {recited / 'model'} --data {recited / 'data.jsonl'} --limit 2 --negatives 2 --controls 1 --ratios 0.5 "
-        f"--device cpu --out run --methods random weight-norm mymod:Mine"
+        f"--model {recited / 'model'} --data {recited / 'data.jsonl'} --limit 2 --negatives 2 --controls 1 "
+        "--ratios 0.5 --device cpu --out run --methods random weight-norm mymod:Mine"
     ).split()
     shown = command(*small, "mymod:plain", "--mine.strength", "3", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
