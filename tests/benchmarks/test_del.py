@@ -359,6 +359,8 @@ def test_changed_data_is_another_configuration(small_del, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
     with pytest.raises(ValueError, match="data_sha256 is"):
         run(settings)
+    with pytest.raises(ValueError, match="limit is 3 there and 2 here"):
+        run(replace(settings, limit=2))
 
 
 def test_a_full_disk_is_seen_before_the_work(small_del, tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
 from datasets import Dataset
 
+from conftest import VOCAB
 from memloc_lens.data import load_definitions, load_sequences, load_texts, readers
 from memloc_lens.data.corpus import read_corpus
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced, text_distance

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB
 from datasets import Dataset
 
+from conftest import VOCAB
 from memloc_lens.data import load_definitions, load_sequences, readers
 from memloc_lens.data.corpus import read_corpus
 

@@ -5,7 +5,6 @@ import sys
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCAB, make_original
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -19,6 +18,7 @@ from transformers import (
     XGLMForCausalLM,
 )
 
+from conftest import ARCHITECTURES, VOCAB, make_original
 from memloc_lens import load_model
 from memloc_lens.models import EMBEDDED, check_device, load, prepare
 

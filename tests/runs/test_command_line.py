@@ -1,5 +1,6 @@
 import json
 import re
+import runpy
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
@@ -221,6 +222,16 @@ def test_bad_settings_end_before_a_model_is_loaded(command, monkeypatch, tmp_pat
     assert status != 0
     assert re.search(message, re.sub(r"\s+", " ", said))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["del", "inj", "agreement", "specificity"])
+def test_every_command_is_a_module(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, f"memloc_lens.benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"memloc_lens.benchmarks.{name}", run_name="__main__")
+    assert end.value.code == 0
+    assert f"usage: python -m memloc_lens.benchmarks.{name}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_interrupts_tell_how_to_go_on():
