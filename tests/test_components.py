@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from fractions import Fraction
 
 import naive
 import pytest
@@ -160,9 +161,10 @@ def test_top_components_are_those_of_a_full_sort(component, data):
     elements = st.sampled_from([-2.0, 0.0, 0.5, 1.0, float("inf")])
     scores = torch.from_numpy(data.draw(arrays("float32", SHAPES[component.name], elements=elements)))
     scope, rounding = data.draw(st.sampled_from(["layer", "global"])), data.draw(st.sampled_from(["down", "nearest"]))
-    first_layer, ratio = data.draw(st.integers(0, 2)), data.draw(st.floats(0.25, 1))
+    first_layer, percent = data.draw(st.integers(0, 2)), data.draw(st.integers(25, 100))
     total = scores[first_layer:].numel() if scope == "global" else scores[0].numel()
-    count = int(ratio * total) if rounding == "down" else round(ratio * total)
+    exact = Fraction(percent * total, 100)
+    count, ratio = int(exact) if rounding == "down" else round(exact), percent / 100
     chosen = top_components(scores, ratio, first_layer, scope, rounding, component)
     assert set(chosen.indices()) == naive.top(scores, count, first_layer, scope)
     assert type(chosen) is (Neurons if component is NEURONS else ComponentSet)
@@ -170,16 +172,16 @@ def test_top_components_are_those_of_a_full_sort(component, data):
         assert top_neurons(scores, ratio, first_layer, scope, rounding) == chosen
 
 
-@given(arrays("float32", (3, 20), elements=st.floats(-5, 5, width=32)), st.floats(0.05, 1), st.integers(0, 2))
-def test_top_neurons_beat_all_others(array, ratio, first_layer):
+@given(arrays("float32", (3, 20), elements=st.floats(-5, 5, width=32)), st.integers(5, 100), st.integers(0, 2))
+def test_top_neurons_beat_all_others(array, percent, first_layer):
     scores = torch.from_numpy(array)
-    by_layer, together = (top_neurons(scores, ratio, first_layer, scope) for scope in ("layer", "global"))
+    by_layer, together = (top_neurons(scores, percent / 100, first_layer, scope) for scope in ("layer", "global"))
     for layer in range(3):
         chosen = by_layer.members[layer]
-        assert chosen.sum() == (0 if layer < first_layer else int(ratio * 20 + 1e-9))
+        assert chosen.sum() == (0 if layer < first_layer else percent * 20 // 100)
         if chosen.any() and not chosen.all():
             assert scores[layer][chosen].min() >= scores[layer][~chosen].max()
-    assert len(together) == int(ratio * 20 * (3 - first_layer) + 1e-9)
+    assert len(together) == percent * 20 * (3 - first_layer) // 100
     assert not together.members[:first_layer].any()
     chosen, rest = scores[together.members], scores[first_layer:][~together.members[first_layer:]]
     if len(rest):

@@ -290,10 +290,8 @@ class MakeWorker:
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
         material = self.material or load_material(self.settings)
-        worker: Worker = partial(_before, material)
-        if self.before:
-            before = {record["sequence"]: record for record in self.before}
-            worker = partial(_measured, self.settings, material, before)
+        before = {record["sequence"]: record for record in self.before}
+        worker = partial(_measured, self.settings, material, before) if before else partial(_before, material)
         if self.material:
             return worker
         model = material.model
