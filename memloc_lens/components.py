@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -417,7 +417,7 @@ class Neurons(ComponentSet):
         Raises:
             ValueError: if the model has no such neuron.
         """
-        return set_from_indices(model, indices, NEURONS)  # type: ignore[return-value]
+        return cast(Neurons, set_from_indices(model, indices, NEURONS))
 
     @classmethod
     def load(cls, path: str | Path) -> "Neurons":
@@ -490,7 +490,7 @@ def top_neurons(
         >>> top_neurons(torch.tensor([[0.1, 0.9, 0.5, 0.7]]), ratio=0.5).indices()
         [(0, 1), (0, 3)]
     """
-    return top_components(scores, ratio, first_layer, scope, rounding, NEURONS)  # type: ignore[return-value]
+    return cast(Neurons, top_components(scores, ratio, first_layer, scope, rounding, NEURONS))
 
 
 def top_components(

@@ -403,7 +403,7 @@ def _ablated(
 
 def show(settings: DeletionSettings, summary: DeletionSummary) -> None:
     """Print the table of a run, one block a ratio."""
-    plural = component_of(summary["component"]).plural  # type: ignore[arg-type]
+    plural = component_of(summary["component"]).plural
     whose: Literal["all", "each layer's"] = "all" if summary["scope"] == "global" else "each layer's"
     print_comparison(
         summary,

@@ -416,7 +416,7 @@ def show(settings: InjectionSettings, summary: InjectionSummary | TuningSummary)
         print_tuning(summary)
         print(f"\nchosen settings: {settings.out / 'tuning' / 'tuned.toml'}")
         return
-    injected = component_of(summary["component"]).plural  # type: ignore[arg-type]
+    injected = component_of(summary["component"]).plural
     print_comparison(
         summary,
         f"INJ on {summary['model']}, {summary['sequences']} texts: how many of the {injected} that a text was written "

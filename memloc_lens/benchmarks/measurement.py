@@ -177,5 +177,9 @@ def text_interval(material: Material) -> TextPerplexity:
     """Return the perplexity of the text with its 95% confidence interval over rows."""
     assert material.text is not None
     interval = mean_interval(row_losses(material.model, material.text, material.batch, material.prefix).tolist())
-    low, mean, high = (math.exp(interval[end]) for end in ("low", "mean", "high"))  # type: ignore[literal-required]
-    return {"tokens": material.text.numel(), "mean": mean, "low": low, "high": high}
+    return {
+        "tokens": material.text.numel(),
+        "mean": math.exp(interval["mean"]),
+        "low": math.exp(interval["low"]),
+        "high": math.exp(interval["high"]),
+    }

@@ -19,13 +19,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from memloc_lens.runs.schema import Key, Record, Summary
+from memloc_lens.runs.jobs import InMemory
+from memloc_lens.runs.schema import Record, Summary
 
 GROWING = ("methods", "ratios")
 """Parts of a configuration that a later run in the same folder may add to."""
 
 
-class RunFolder:
+class RunFolder(InMemory):
     """The folder of one run.
 
     Args:
@@ -41,8 +42,8 @@ class RunFolder:
     def __init__(
         self, path: Path, config: Mapping[str, Any], key: Sequence[str] = ("sequence", "method", "ratio")
     ) -> None:
+        super().__init__(*key)
         self.path = path
-        self._fields = tuple(key)
         self._records = path / "records.jsonl"
         wanted: dict[str, Any] = json.loads(json.dumps(config, default=str))
         with _disk_errors(path):
@@ -54,17 +55,8 @@ class RunFolder:
                 text = json.dumps(self.config, indent=1) + "\n"
                 _write_whole(path / "config.json", lambda part: part.write_text(text))
             self.records: list[Record] = self._recover()
-        self._by_key = {self.key(record): record for record in self.records}
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._by_key
-
-    def __getitem__(self, key: Key) -> Record:
-        return self._by_key[key]
-
-    def key(self, record: Record) -> Key:
-        """Return the fields that identify a record."""
-        return tuple(record[field] for field in self._fields)
+        for record in self.records:
+            super().append(record)
 
     def append(self, record: Record) -> None:
         """Add a record; it is on the disk before this returns."""
@@ -73,7 +65,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
-        self._by_key[self.key(record)] = record
+        super().append(record)
 
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`."""
