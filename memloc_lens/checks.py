@@ -55,6 +55,15 @@ def check_text(name: str, value: object) -> None:
     """
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} is {'empty' if value == '' else described(value)}; give a string")
+    check_characters(name, value)
+
+
+def check_characters(name: str, value: str) -> None:
+    """Refuse half of a character (a lone surrogate), which JSON can hold and a tokenizer cannot read.
+
+    Raises:
+        ValueError: naming the character and where it is.
+    """
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.readers import Row, category_of, content_of, errors_at, is_plain_text, rows
+from memloc_lens.data.readers import is_plain_text, rows
+from memloc_lens.data.row import Row, category_of, content_of, errors_at
 
 
 @dataclass(frozen=True)

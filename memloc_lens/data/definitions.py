@@ -7,18 +7,8 @@ import torch
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
-from memloc_lens.data.readers import (
-    Row,
-    category_of,
-    content_of,
-    errors_at,
-    find_text,
-    is_plain_text,
-    no_such_split,
-    rows,
-    text_lines,
-    with_distinct_ids,
-)
+from memloc_lens.data.readers import is_plain_text, rows, text_lines
+from memloc_lens.data.row import Row, category_of, content_of, errors_at, find_text, no_such_split, with_distinct_ids
 from memloc_lens.sequence import MemorizedSequence
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"

@@ -6,17 +6,8 @@ import torch
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
-from memloc_lens.data.readers import (
-    Row,
-    category_of,
-    content_of,
-    errors_at,
-    is_plain_text,
-    no_such_split,
-    rows,
-    text_of,
-    with_distinct_ids,
-)
+from memloc_lens.data.readers import is_plain_text, rows
+from memloc_lens.data.row import Row, category_of, content_of, errors_at, no_such_split, text_of, with_distinct_ids
 from memloc_lens.models import EMBEDDED
 from memloc_lens.sequence import MemorizedSequence, decode
 

@@ -16,10 +16,9 @@ import gzip
 import json
 import pickle
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Required, TypedDict, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,49 +27,13 @@ from datasets.exceptions import DatasetNotFoundError
 from jaxtyping import Int
 from torch import Tensor
 
+from memloc_lens.data.row import Row
+
 PROMPT_LEN = 32
 """Tokens in the prompt where a format cannot say: the published length."""
 
 DEV_ROWS = 5
 """Rows at the start of a published token tensor that are the split `dev`."""
-
-TEXT_FIELDS = ("all", "definition", "text", "content")
-"""Fields that may hold the text of a row; the first that holds a string counts."""
-
-LISTED_FIELDS = 8
-"""Most fields of a row that an error lists."""
-
-
-class Row(TypedDict, total=False):
-    """A row of a data set, with its fields as they were read, not yet checked.
-
-    Args:
-        where: the row's file and position, for errors: "FILE, line 3" or "FILE, row 3".
-        number: of the line or row, from 1.
-        id: label; by default the file's name and the number.
-        all: the text of a sequence, prompt and suffix.
-        definition: the text to inject, in ECBD.
-        text: any other text.
-        content: any other text, in data sets of source code.
-        prompt: the text of the prompt.
-        tokens: token ids; they are used rather than a text.
-        prompt_len: number of tokens in the prompt.
-        category: subjects, or one subject.
-        split: "test", "dev", "control" or another.
-    """
-
-    where: Required[str]
-    number: Required[int]
-    id: Required[str]
-    all: str
-    definition: str
-    text: str
-    content: str
-    prompt: str
-    tokens: list[int]
-    prompt_len: int
-    category: list[str] | str
-    split: str
 
 
 def json_lines(path: Path) -> Iterator[Row]:
@@ -250,97 +213,6 @@ def text_lines(path: Path) -> Iterator[Row]:
         yield _file_row(path, "line", number, {"text": line.strip()})
 
 
-def with_distinct_ids(data: Iterable[Row]) -> Iterator[Row]:
-    """Pass rows on, and refuse an id that an earlier row has.
-
-    Raises:
-        ValueError: naming the id and both rows.
-    """
-    first_rows: dict[str, str] = {}
-    for row in data:
-        first = first_rows.setdefault(row["id"], row["where"])
-        if first != row["where"]:
-            raise ValueError(f"{first} and {row['where']} share an id, {row['id']!r}; every row needs its own")
-        yield row
-
-
-def content_of(row: Row) -> str | list[int]:
-    """Return the token ids of a row if it has some, otherwise its text.
-
-    Raises:
-        ValueError: if it has neither, or a token id is not a whole number.
-    """
-    if "tokens" not in row:
-        text = find_text(row)
-        if text is None:
-            raise _lacks(row, "neither 'tokens' nor a text")
-        return text
-    tokens = row["tokens"]
-    if not isinstance(tokens, list):
-        raise ValueError(f"tokens is {tokens!r}; it must be a list of token ids")
-    for token in tokens:
-        if type(token) is not int:  # True is an instance of int
-            raise ValueError(f"{token!r} is no token id; the tokens of a row must be a list of whole numbers")
-    return tokens
-
-
-def text_of(row: Row) -> str:
-    """Return the text of a row, under the first of `TEXT_FIELDS` that it has.
-
-    Raises:
-        ValueError: if it has none, or the text cannot be written in UTF-8.
-    """
-    text = find_text(row)
-    if text is None:
-        raise _lacks(row, "no text")
-    return text
-
-
-def find_text(row: Row) -> str | None:
-    """Return the text of a row, or None if it has none.
-
-    Raises:
-        ValueError: if the text cannot be written in UTF-8.
-    """
-    for field in TEXT_FIELDS:
-        text = row.get(field)
-        if isinstance(text, str):
-            return _without_surrogates(text)
-    return None
-
-
-def category_of(row: Row, default: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Return the subjects of a row.
-
-    Args:
-        row: with a list of subjects, one subject, or none.
-        default: subjects of a row that has none.
-
-    Raises:
-        ValueError: if the category is something else.
-    """
-    category = row.get("category", default)
-    subjects = (category,) if isinstance(category, str) else category
-    if not isinstance(subjects, list | tuple) or not all(isinstance(subject, str) for subject in subjects):
-        raise ValueError(f"category is {category!r}; it must be a list of strings")
-    return tuple(subjects)
-
-
-def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> ValueError:
-    """Return the error for a split that a data set does not have, which lists those that it has."""
-    present = ", ".join(sorted(map(str, splits)))
-    return ValueError(f"{source} has no split {split!r}; it has {present}" if present else f"{source} has no rows")
-
-
-@contextmanager
-def errors_at(where: str) -> Iterator[None]:
-    """Put the file and position of a row in front of errors about it."""
-    try:
-        yield
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
 def read_text(path: Path, open_file: Callable[..., Any] = open) -> str:
     """Read a text file in UTF-8, without a byte order mark.
 
@@ -433,28 +305,9 @@ def _prefix_file(folder: Path) -> Path:
     return prefix_files[0]
 
 
-def _lacks(row: Row, what: str) -> ValueError:
-    present = [field for field in row if field not in Row.__required_keys__]
-    return ValueError(
-        f"{what}; give a string as {', '.join(TEXT_FIELDS[:-1])} or {TEXT_FIELDS[-1]}; the row has "
-        f"{', '.join(present[:LISTED_FIELDS]) or 'no field'}"
-    )
-
-
 def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
-
-
-def _without_surrogates(text: str) -> str:
-    """Refuse half of an emoji, which JSON can hold and a tokenizer cannot read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has {text[error.start]!r}, half of a character, at character {error.start}; remove it"
-        ) from error
-    return text
