@@ -114,8 +114,9 @@ def possible_names() -> str:
 
 def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     try:
-        _check_folder(folder)
-        config = _checked_config(folder, local_files_only=True)
+        size = _checked_size(folder)
+        _check_config_file(folder, local_files_only=True)
+        config = _checked_config(folder, size, local_files_only=True)
         safe = any(folder.glob("*.safetensors"))
         model = _read_weights(folder, dtype, config=config, local_files_only=True, use_safetensors=safe)
         return model, _folder_tokenizer(folder)
@@ -123,8 +124,8 @@ def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, Pre
         raise ValueError(f"the folder {str(folder)!r} does not load: {reason(error)}") from error
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuse a folder whose files cannot be those of a model, by a look at the files alone."""
+def _checked_size(folder: Path) -> int:
+    """Return the bytes of the weights; refuse a folder whose files cannot be those of a model, before any is read."""
     files = list(_weight_files(folder))
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
@@ -139,6 +140,7 @@ def _check_folder(folder: Path) -> None:
         with file.open("rb") as opened:
             if opened.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise ValueError(f"{file.name} is a git-lfs pointer, not the weights; run git lfs pull in the folder")
+    return sum(file.stat().st_size for file in files)
 
 
 def _weight_files(folder: Path) -> Iterator[Path]:
@@ -161,7 +163,8 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         _check_gguf(path)
-        model = _read_weights(path.parent, dtype, gguf_file=path.name)
+        config = _checked_config(path.parent, path.stat().st_size, gguf_file=path.name)
+        model = _read_weights(path.parent, dtype, config=config, gguf_file=path.name)
         return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
         raise ValueError(f'reading {str(path)!r} needs the gguf package: pip install "memloc-lens[gguf]"') from error
@@ -191,6 +194,7 @@ def _read_hub(name: str, revision: str | None, dtype: torch.dtype) -> Original:
     except ValueError:
         official = name
     try:
+        _check_config_file(official, **where)
         config = _checked_config(official, **where)
         model = _read_hub_weights(official, dtype, config=config, **where)
         tokenizer = AutoTokenizer.from_pretrained(official, trust_remote_code=False, **where)
@@ -215,12 +219,8 @@ def _read_hub_weights(name: str, dtype: torch.dtype, **options: Any) -> PreTrain
         raise ValueError(f"it has no model.safetensors, and of pytorch_model.bin: {reason(error)}") from error
 
 
-def _checked_config(source: str | Path, **where: Any) -> PreTrainedConfig:
-    """Read a configuration, and refuse it before the weights are read.
-
-    Raises:
-        ValueError: if the model is quantized, needs code of its own, or no `HookedTransformer` computes the same.
-    """
+def _check_config_file(source: str | Path, **where: Any) -> None:
+    """Refuse a quantized model, and one that needs code of its own, before transformers looks for either."""
     plain, _ = PreTrainedConfig.get_config_dict(source, **where)
     if plain.get("quantization_config"):
         method = dict(plain["quantization_config"]).get("quant_method", "an unknown method")
@@ -229,14 +229,26 @@ def _checked_config(source: str | Path, **where: Any) -> PreTrainedConfig:
         raise ValueError(
             f"model type {plain.get('model_type')!r} needs code that comes with the model, and such code is never run"
         )
+
+
+def _checked_config(source: str | Path, size: int | None = None, **where: Any) -> PreTrainedConfig:
+    """Read a configuration, and refuse it before the weights are read and anything is made of its sizes.
+
+    Raises:
+        ValueError: if it cannot belong to weights of this many bytes, or no `HookedTransformer` computes the same.
+    """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model type {config.model_type!r} is not a causal language model")
-    family_of(config, model_class.__name__).fields(config)
-    if hasattr(
-        config, "reorder_and_upcast_attn"
-    ):  # the order of its operations, which transformers has in float32 only
+    fields = family_of(config, model_class.__name__).fields(config)
+    for name in ("n_layers", "d_vocab", "d_mlp"):  # each stands for as many rows of weights, of d_model or more
+        if size is not None and fields[name] * fields["d_model"] > 8 * size:  # a weight takes a bit at least
+            raise ValueError(
+                f"its configuration has {name} {fields[name]} and d_model {fields['d_model']}, more weights than its "
+                f"{size} bytes hold"
+            )
+    if hasattr(config, "reorder_and_upcast_attn"):  # the order of operations, which transformers has in float32 only
         config.reorder_and_upcast_attn = False
     return config
 
