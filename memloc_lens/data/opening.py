@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import pyarrow as pa
 
@@ -25,12 +24,12 @@ class NotText(ValueError):
     """The error of a file that is not text in UTF-8."""
 
 
-def _zstandard(path: Path) -> BinaryIO:
-    return cast(BinaryIO, io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
+def _zstandard(path: Path) -> io.BufferedIOBase:
+    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
-DECOMPRESSORS: dict[str, Callable[[Path], BinaryIO]] = {
-    ".gz": lambda path: cast(BinaryIO, gzip.GzipFile(path, "rb")),
+DECOMPRESSORS: dict[str, Callable[[Path], io.BufferedIOBase]] = {
+    ".gz": lambda path: gzip.GzipFile(path, "rb"),
     ".zst": _zstandard,
 }
 """What opens a compressed text file; its format follows from the name without this suffix."""
@@ -159,7 +158,7 @@ def unreadable(path: Path, error: Exception) -> ValueError:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
     check_regular(path)
     try:
         with DECOMPRESSORS.get(path.suffix.lower(), lambda path: path.open("rb"))(path) as file:
