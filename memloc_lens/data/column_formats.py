@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
 from memloc_lens.data.opening import first_line, parsing
-from memloc_lens.data.row import CONTENT_FIELDS, Row, file_row
+from memloc_lens.data.row import CONTENT_FIELDS, FIELDS, Row, file_row
 
 BATCH = 256
 """Rows of a Parquet file that are decoded at a time."""
@@ -53,7 +53,7 @@ def saved_data_set(folder: Path) -> Iterator[Row]:
         raise ValueError(f"{folder} is not a data set that save_to_disk wrote: {first_line(error)}") from error
     if not isinstance(data_set, Dataset):
         raise ValueError(
-            f"{folder} holds several splits; give one: {', '.join(str(folder / name) for name in data_set)}"
+            f"{folder} holds several splits; give one of {', '.join(str(folder / name) for name in data_set)}"
         )
     table = data_set.select_columns(_columns(folder, data_set.column_names)).with_format("arrow")
     batches = (batch for part in table.iter(BATCH) for batch in part.to_batches())
@@ -62,7 +62,7 @@ def saved_data_set(folder: Path) -> Iterator[Row]:
 
 def _columns(path: Path, names: list[str]) -> list[str]:
     """Return the columns that are read."""
-    columns = [name for name in names if name in Row.__optional_keys__]
+    columns = [name for name in names if name in FIELDS]
     if CONTENT_FIELDS.isdisjoint(columns):
         raise ValueError(
             f"{path} has no column {', '.join(sorted(CONTENT_FIELDS))}; it has {', '.join(names)[:200] or 'none'}"

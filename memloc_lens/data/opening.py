@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-LARGEST = 2**30
+LARGEST = 2**28
 """Bytes that are held in memory at once: of a line, of a text that is one row, or of a compressed array."""
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

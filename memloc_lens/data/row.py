@@ -55,6 +55,10 @@ class Row(TypedDict, total=False):
     split: str
 
 
+FIELDS = Row.__optional_keys__ | {"id"}
+"""Fields that a source may give."""
+
+
 def file_row(path: Path, unit: str, number: int, content: object) -> Row:
     """Make a row of what a file holds.
 
@@ -186,7 +190,7 @@ def errors_at(where: str) -> Iterator[None]:
 
 
 def _lacks(row: Row, what: str) -> ValueError:
-    present = [field for field in row if field not in Row.__required_keys__]
+    present = [field for field in row if field not in ("where", "number", "id")]
     return ValueError(
         f"{what}; give a string as {', '.join(TEXT_FIELDS[:-1])} or {TEXT_FIELDS[-1]}; the row has "
         f"{', '.join(present[:LISTED_FIELDS]) or 'no field'}"
