@@ -102,3 +102,19 @@ def test_sequences_that_a_model_cannot_read_are_refused(gpt2):
     for tokens in ([1, 97], [-1, 2]):
         with pytest.raises(ValueError, match="the model knows 0 to 96"):
             check_sequences(gpt2, MemorizedSequence(tokens, 1))
+
+
+@pytest.mark.parametrize("tokens", [[True, 2], (1, False), [np.True_, 3], [1.0, 2.0], [[1, 2], [3]]])
+def test_what_is_no_row_of_whole_numbers_is_refused(tokens):
+    with pytest.raises(ValueError, match="tokens must be whole numbers"):
+        MemorizedSequence(tokens, 1)
+
+
+def test_a_category_is_made_of_strings(embedded):
+    """A string is one subject: its letters would relate physics to botany."""
+    for make in (lambda category: MemorizedSequence([1, 2], 1, "a", category),
+                 lambda category: MemorizedSequence.from_text(embedded, "Return the items", 1, "a", category)):  # fmt: skip
+        assert make("physics").category == ("physics",)
+        assert make(["physics", "botany"]).category == ("physics", "botany")
+        with pytest.raises(ValueError, match=r"category is \[3\]; it must be a list of strings"):
+            make([3])

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Required, TypedDict, cast
@@ -78,7 +79,13 @@ def file_row(path: Path, unit: str, number: int, content: object) -> Row:
     where = f"{path}, {unit} {number}"
     if not isinstance(content, Mapping):
         raise ValueError(f"{where}: a {type(content).__name__} where an object {{...}} was expected")
-    return make_row(where, f"{Path(decompressed_name(path)).stem}-{number}", number, content)
+    return make_row(where, f"{_label(path)}-{number}", number, content)
+
+
+@lru_cache
+def _label(path: Path) -> str:
+    """Return the name of a file without its suffixes."""
+    return Path(decompressed_name(path)).stem
 
 
 def make_row(where: str, default_id: str, number: int, content: Mapping[str, object]) -> Row:
