@@ -5,7 +5,7 @@ import torch
 from conftest import random_sequence
 from memloc_lens import Activations, MemorizedSequence, Random, Slimming
 from memloc_lens.generation import free_running
-from memloc_lens.sequence import Batch, check_sequences, equal_length_batches
+from memloc_lens.sequence import Batch, check_sequences, equal_length_batches, subjects
 
 
 def test_parts():
@@ -104,17 +104,17 @@ def test_sequences_that_a_model_cannot_read_are_refused(gpt2):
             check_sequences(gpt2, MemorizedSequence(tokens, 1))
 
 
-@pytest.mark.parametrize("tokens", [[True, 2], (1, False), [np.True_, 3], [1.0, 2.0], [[1, 2], [3]]])
-def test_what_is_no_row_of_whole_numbers_is_refused(tokens):
+@pytest.mark.parametrize("tokens", [[True, 2], (1, False)])
+def test_truth_values_are_no_tokens(tokens):
     with pytest.raises(ValueError, match="tokens must be whole numbers"):
         MemorizedSequence(tokens, 1)
 
 
 def test_a_category_is_made_of_strings(embedded):
     """A string is one subject: its letters would relate physics to botany."""
-    for make in (lambda category: MemorizedSequence([1, 2], 1, "a", category),
-                 lambda category: MemorizedSequence.from_text(embedded, "Return the items", 1, "a", category)):  # fmt: skip
-        assert make("physics").category == ("physics",)
-        assert make(["physics", "botany"]).category == ("physics", "botany")
-        with pytest.raises(ValueError, match=r"category is \[3\]; it must be a list of strings"):
-            make([3])
+    assert MemorizedSequence([1, 2], 1, "a", "physics").category == ("physics",)
+    assert MemorizedSequence([1, 2], 1, "a", ["physics", "botany"]).category == ("physics", "botany")
+    assert MemorizedSequence.from_text(embedded, "Return the items", 1, "a", "physics").category == ("physics",)
+    for category in ([3], None, {"physics": 1}):
+        with pytest.raises(ValueError, match=r"category is .*; it must be a list of strings"):
+            subjects(category)
