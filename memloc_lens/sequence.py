@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from reprlib import repr as shortened
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -25,10 +26,11 @@ class MemorizedSequence:
         tokens: of the whole text: a tensor, or a list or array of whole numbers.
         prompt_len: number of tokens in the prompt, at least 1 and fewer than all.
         id: label of the sequence in records and files.
-        category: subjects of the text. Two sequences are related if they share one.
+        category: subjects of the text, or one subject. Two sequences are related if they share one.
 
     Raises:
-        ValueError: if the tokens are not one row of whole numbers, or no token is left after the prompt.
+        ValueError: if the tokens are not one row of whole numbers, no token is left after the prompt, or a subject is
+            not a string.
 
     Example:
         >>> MemorizedSequence([5, 6, 7, 8], prompt_len=3).suffix.tolist()
@@ -40,7 +42,9 @@ class MemorizedSequence:
     id: str
     category: tuple[str, ...]
 
-    def __init__(self, tokens: Tokens, prompt_len: SupportsIndex, id: str = "", category: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokens: Tokens, prompt_len: SupportsIndex, id: str = "", category: str | Sequence[str] = ()
+    ) -> None:
         row = _whole_numbers(tokens, id)
         if isinstance(prompt_len, bool) or not isinstance(prompt_len, Integral):
             raise ValueError(f"sequence {id!r} has prompt_len {prompt_len!r}; it must be a whole number")
@@ -50,12 +54,12 @@ class MemorizedSequence:
                 f"sequence {id!r} has prompt_len {given} and {len(row)} tokens; prompt_len must be between 1 and "
                 f"{len(row) - 1}"
             )
-        for name, value in dict(tokens=row, prompt_len=given, id=id, category=category).items():
+        for name, value in dict(tokens=row, prompt_len=given, id=id, category=subjects(category)).items():
             object.__setattr__(self, name, value)  # the class is frozen
 
     @classmethod
     def from_text(
-        cls, model: HookedTransformer, text: str, prompt_len: int, id: str = "", category: tuple[str, ...] = ()
+        cls, model: HookedTransformer, text: str, prompt_len: int, id: str = "", category: str | Sequence[str] = ()
     ) -> "MemorizedSequence":
         """Tokenize a text, without a beginning-of-sequence token.
 
@@ -106,8 +110,30 @@ class MemorizedSequence:
             )
 
 
+def subjects(category: object) -> tuple[str, ...]:
+    """Return a category as a tuple of subjects; a string is one subject, not its letters.
+
+    Raises:
+        ValueError: if it is not made of strings.
+
+    Example:
+        >>> from memloc_lens.sequence import subjects
+        >>> subjects("physics"), subjects(["physics", "botany"])
+        (('physics',), ('physics', 'botany'))
+    """
+    listed = (category,) if isinstance(category, str) else category
+    if not isinstance(listed, list | tuple) or not all(isinstance(subject, str) for subject in listed):
+        raise ValueError(f"category is {shortened(category)}; it must be a list of strings")
+    return tuple(listed)
+
+
 def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
     """Turn a list, an array or a tensor into one row of token ids."""
+    truths = (
+        [token for token in tokens if isinstance(token, bool | np.bool_)] if isinstance(tokens, list | tuple) else []
+    )
+    if truths:
+        raise ValueError(f"sequence {id!r} has the token {truths[0]}; tokens must be whole numbers")
     try:
         row = torch.as_tensor(tokens)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -5,7 +5,7 @@ import torch
 from conftest import random_sequence
 from memloc_lens import Activations, MemorizedSequence, Random, Slimming
 from memloc_lens.generation import free_running
-from memloc_lens.sequence import Batch, check_sequences, equal_length_batches
+from memloc_lens.sequence import Batch, check_sequences, equal_length_batches, subjects
 
 
 def test_parts():
@@ -102,3 +102,19 @@ def test_sequences_that_a_model_cannot_read_are_refused(gpt2):
     for tokens in ([1, 97], [-1, 2]):
         with pytest.raises(ValueError, match="the model knows 0 to 96"):
             check_sequences(gpt2, MemorizedSequence(tokens, 1))
+
+
+@pytest.mark.parametrize("tokens", [[True, 2], (1, False)])
+def test_truth_values_are_no_tokens(tokens):
+    with pytest.raises(ValueError, match="tokens must be whole numbers"):
+        MemorizedSequence(tokens, 1)
+
+
+def test_a_category_is_made_of_strings(embedded):
+    """A string is one subject: its letters would relate physics to botany."""
+    assert MemorizedSequence([1, 2], 1, "a", "physics").category == ("physics",)
+    assert MemorizedSequence([1, 2], 1, "a", ["physics", "botany"]).category == ("physics", "botany")
+    assert MemorizedSequence.from_text(embedded, "Return the items", 1, "a", "physics").category == ("physics",)
+    for category in ([3], None, {"physics": 1}):
+        with pytest.raises(ValueError, match=r"category is .*; it must be a list of strings"):
+            subjects(category)

@@ -58,6 +58,7 @@ class DeletionSettings(RunSettings):
     Args:
         data: Memorized sequences: JSON lines with "all" and "prompt_len", or another format that is read. Default:
             the embedded model's sequences.
+        prompt_len: Number of tokens in the prompts of data that do not say. Default: 32 for token ids.
         ratios: Shares of every layer's components to drop. Default: 0.001 0.005 (the paper's); for the embedded model,
             whose layers are narrow, 0.01 0.05 0.1; other shares for heads and weights.
         limit: Number of target sequences, the first of the data; 0 takes all.
@@ -82,6 +83,7 @@ class DeletionSettings(RunSettings):
     }
 
     data: str | Path | None = None
+    prompt_len: int | None = None
     ratios: tuple[float, ...] = ()
     limit: int = 8
     out: Path = Path("runs/del")
@@ -97,6 +99,8 @@ class DeletionSettings(RunSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.prompt_len is not None:
+            check_number("prompt_len", self.prompt_len, least=1, whole=True)
         for name in ("negatives", "controls", "first_layer"):
             check_number(name, getattr(self, name), least=0, whole=True)
         for name in ("batch", "text_tokens"):
@@ -207,8 +211,8 @@ def load_material(settings: DeletionSettings) -> Material:
     """
     model = settings.load_model()
     check_first_layer(settings.first_layer, model.cfg.n_layers)
-    memorized = load_sequences(model, settings.data)
-    controls = load_sequences(model, settings.data, split="control")
+    memorized = load_sequences(model, settings.data, prompt_len=settings.prompt_len)
+    controls = load_sequences(model, settings.data, split="control", prompt_len=settings.prompt_len)
     _check_ids(memorized + controls, settings.data)
     text = means = None
     if model.tokenizer is not None:

@@ -142,7 +142,8 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
     if any("acc_changes" not in record for record in run.records):
         raise ValueError(f"the records of {settings.run} do not tell sequences apart; run DEL again")
     model = load_model(run.config["model"], device=settings.device)
-    by_id = {sequence.id: sequence for sequence in load_sequences(model, run.config["data"])}
+    sequences = load_sequences(model, run.config["data"], prompt_len=run.config.get("prompt_len"))
+    by_id = {sequence.id: sequence for sequence in sequences}
     targets = [by_id[id] for id in dict.fromkeys(record["sequence"] for record in run.records)]
 
     def worker(job: Job) -> Iterator[Record]:

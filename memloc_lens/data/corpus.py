@@ -7,8 +7,11 @@ from pathlib import Path
 
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.readers import is_plain_text, rows
+from memloc_lens.data.opening import NotText, exists, path_of
+from memloc_lens.data.readers import is_data_set, is_plain_text, rows
 from memloc_lens.data.row import Row, category_of, content_of, errors_at
+from memloc_lens.data.token_formats import pair_of
+from memloc_lens.sequence import subjects
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,12 @@ class Document:
     Args:
         content: its text, or its token ids.
         source: its file, and its line or row.
-        category: its subjects.
+        category: its subjects, or one subject.
     """
 
     content: str | list[int]
     source: str
-    category: tuple[str, ...] = ()
+    category: str | tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,11 @@ def read_corpus(sources: Sequence[str | Path], names: Sequence[str] = ("*",)) ->
         65
     """
     for source in sources:
-        folder = Path(source).expanduser()
-        if folder.is_dir():
+        folder = path_of(source)
+        if exists(folder) and folder.is_dir() and not is_data_set(folder):
             yield from _folder(folder, names)
         else:
-            for row in rows(source, "corpus", streaming=True):
-                yield _document(row)
+            yield from map(_document, rows(source, "corpus", streaming=True))
 
 
 def windows_of(model: HookedTransformer, documents: Iterable[Document], length: int, stride: int) -> Iterator[Window]:
@@ -95,20 +97,26 @@ def windows_of(model: HookedTransformer, documents: Iterable[Document], length: 
         [(5, 6, 7), (7, 8, 9)]
     """
     for document in documents:
-        tokens = document.content
+        tokens, category = document.content, subjects(document.category)
         if isinstance(tokens, str):
             if model.tokenizer is None:
                 raise ValueError(f"{model.cfg.model_name} has no tokenizer to read {document.source} with")
             tokens = model.tokenizer(tokens, add_special_tokens=False, verbose=False)["input_ids"]
         for start in range(0, len(tokens) - length + 1, stride):
-            yield Window(tuple(tokens[start : start + length]), document.source, start, document.category)
+            yield Window(tuple(tokens[start : start + length]), document.source, start, category)
 
 
 def _folder(folder: Path, names: Sequence[str]) -> Iterator[Document]:
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and any(fnmatch(file.name, name) for name in names):
+        if file.is_file() and any(fnmatch(file.name, name) for name in names) and not _is_second_half(file):
             category = file.relative_to(folder).parts[:-1][:1]
             yield from _file_in_folder(file, category)
+
+
+def _is_second_half(file: Path) -> bool:
+    """Whether the file was read with its other half."""
+    first, second = pair_of(file)
+    return file == second != first and first.exists()
 
 
 def _file_in_folder(file: Path, category: tuple[str, ...]) -> Iterator[Document]:
@@ -117,7 +125,7 @@ def _file_in_folder(file: Path, category: tuple[str, ...]) -> Iterator[Document]
         for row in rows(file, "corpus"):
             yield _document(row, category)
     except ValueError as error:
-        if not is_plain_text(file):
+        if not (isinstance(error, NotText) and is_plain_text(file)):
             raise ValueError(f"{error}; to leave the file out, choose files with names") from error
 
 

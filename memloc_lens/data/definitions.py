@@ -7,8 +7,19 @@ import torch
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
-from memloc_lens.data.readers import is_plain_text, rows, text_lines
-from memloc_lens.data.row import Row, category_of, content_of, errors_at, find_text, no_such_split, with_distinct_ids
+from memloc_lens.data.opening import path_of
+from memloc_lens.data.readers import is_plain_text, rows
+from memloc_lens.data.row import (
+    Row,
+    category_of,
+    content_of,
+    errors_at,
+    find_text,
+    no_such_split,
+    split_of,
+    with_distinct_ids,
+)
+from memloc_lens.data.text_formats import text_lines
 from memloc_lens.sequence import MemorizedSequence
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"
@@ -50,9 +61,10 @@ def load_definitions(
     sequences: list[MemorizedSequence] = []
     splits: set[str] = set()
     for row in with_distinct_ids(_rows(source, split)):
-        splits.add(row.get("split", split))
-        if row.get("split", split) == split:
-            with errors_at(row["where"]):
+        with errors_at(row["where"]):
+            row_split = split_of(row, split)
+            splits.add(row_split)
+            if row_split == split:
                 sequences.append(_definition(model, row, max_tokens))
     if not sequences:
         raise no_such_split(source, split, splits)
@@ -61,7 +73,7 @@ def load_definitions(
 
 def _rows(source: str | Path, split: str) -> Iterator[Row]:
     if is_plain_text(source):
-        return text_lines(Path(source).expanduser())
+        return text_lines(path_of(source))
     return rows(source, "texts", hub_split=split)
 
 

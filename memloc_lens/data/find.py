@@ -16,10 +16,10 @@ stands before it. The other sequences are split into `dev` and `test`.
 An interrupted run resumes when you repeat the command. `--data OUT/sequences.jsonl` gives the result to the benchmarks.
 """
 
+import hashlib
 import json
 import random
 from itertools import islice
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -30,7 +30,7 @@ from memloc_lens.data.corpus import read_corpus
 from memloc_lens.data.found import Counts, FindSettings, FoundSequence, FoundWindow, Report, Split
 from memloc_lens.data.guessing import foreign_prompts, shuffled_prompts, why_guessable
 from memloc_lens.data.near_duplicates import near_duplicate_groups
-from memloc_lens.data.readers import is_hub_name
+from memloc_lens.data.readers import is_local
 from memloc_lens.data.search import Search, begin, generate, scan
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.jobs import Engine, serial
@@ -56,8 +56,7 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
         ValueError: for settings, a corpus or a run folder that cannot be used, or a corpus that is too short or has
             changed since the run began.
     """
-    _check_files(settings)
-    search = begin(settings, engine)
+    search = begin(settings, engine, corpus_sha256=_read_files(settings))
     counts, accurate = scan(search)
     windows = generate(search, "greedy", accurate, _prompts(search, accurate))
     windows = [window for window in windows if window["distinct"] >= settings.min_distinct]
@@ -72,15 +71,19 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
     return _write(search, counts, windows)
 
 
-def _check_files(settings: FindSettings) -> None:
+def _read_files(settings: FindSettings) -> str:
     """Read the files of the corpus once, so that one that cannot be used is refused before any long work.
 
     With a limit only the first document of each source is read: the search may never reach the others.
+
+    Returns:
+        The hash of what was read.
     """
-    for source in settings.corpus:
-        if Path(source).expanduser().exists() or not is_hub_name(source):
-            for _ in islice(read_corpus([source], settings.names), 1 if settings.limit else None):
-                pass
+    digest = hashlib.sha256()
+    for source in filter(is_local, settings.corpus):
+        for document in islice(read_corpus([source], settings.names), 1 if settings.limit else None):
+            digest.update(repr((document.content, document.category)).encode())
+    return digest.hexdigest()[:16]
 
 
 def _is_close(settings: FindSettings, distance: int) -> bool:

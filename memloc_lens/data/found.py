@@ -23,8 +23,8 @@ class FindSettings:
     """What to search, and what counts as memorized.
 
     Args:
-        corpus: Files, folders of files, or owner/name:split of data sets on the hub. Files hold plain text, JSON lines
-            with a text or "tokens", or token ids (.pt, .npy, .csv).
+        corpus: Files, folders of files, or owner/name:split of data sets on the hub. Files hold plain text, rows with a
+            text or "tokens" (JSON lines, CSV, Parquet and others), or token ids (.pt, .npy, .npz, .csv).
         model: Model: "embedded", "smollm2-135m", a folder in transformers format, a .gguf file or a name on the hub.
         out: Folder of the run and of its result, sequences.jsonl. An interrupted run resumes when you repeat the
             command.

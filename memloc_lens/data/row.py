@@ -1,14 +1,24 @@
 """A row of a data set, whatever format it was read from, and its fields, checked when they are asked for."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Required, TypedDict
+from reprlib import repr as shortened
+from typing import Required, TypedDict, cast
 
 from memloc_lens.checks import check_characters
+from memloc_lens.data.opening import decompressed_name, first_line
+from memloc_lens.sequence import subjects
 
 TEXT_FIELDS = ("all", "definition", "text", "content")
 """Fields that may hold the text of a row; the first that holds a string counts."""
+
+CONTENT_FIELDS = frozenset({"tokens", *TEXT_FIELDS})
+"""Fields of which a row needs one."""
+
+LARGEST_ID = 2**63 - 1
+"""The largest token id that a tensor can hold."""
 
 LISTED_FIELDS = 8
 """Most fields of a row that an error lists."""
@@ -46,6 +56,44 @@ class Row(TypedDict, total=False):
     split: str
 
 
+FIELDS = Row.__optional_keys__ | {"id"}
+"""Fields that a source may give."""
+
+
+def file_row(path: Path, unit: str, number: int, content: object) -> Row:
+    """Make a row of what a file holds.
+
+    Args:
+        path: of the file.
+        unit: what the file is counted in: "line" or "row".
+        number: of the line or row, from 1.
+        content: the fields.
+
+    Raises:
+        ValueError: if the content is no mapping of fields.
+
+    Example:
+        >>> file_row(Path("a.jsonl"), "line", 3, {"text": "one"})["where"]
+        'a.jsonl, line 3'
+    """
+    where = f"{path}, {unit} {number}"
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: a {type(content).__name__} where an object {{...}} was expected")
+    return make_row(where, f"{_label(path)}-{number}", number, content)
+
+
+@lru_cache
+def _label(path: Path) -> str:
+    """Return the name of a file without its suffixes."""
+    return Path(decompressed_name(path)).stem
+
+
+def make_row(where: str, default_id: str, number: int, content: Mapping[str, object]) -> Row:
+    """Make a row; a field that is null counts as absent, because a table has every column in every row."""
+    fields = {name: value for name, value in content.items() if value is not None}
+    return cast(Row, {**fields, "where": where, "number": number, "id": str(fields.get("id", default_id))})
+
+
 def with_distinct_ids(data: Iterable[Row]) -> Iterator[Row]:
     """Pass rows on, and refuse an id that an earlier row has.
 
@@ -73,10 +121,12 @@ def content_of(row: Row) -> str | list[int]:
         return text
     tokens = row["tokens"]
     if not isinstance(tokens, list):
-        raise ValueError(f"tokens is {tokens!r}; it must be a list of token ids")
+        raise ValueError(f"tokens is {shortened(tokens)}; it must be a list of token ids")
     for token in tokens:
-        if type(token) is not int:  # True is an instance of int
-            raise ValueError(f"{token!r} is no token id; the tokens of a row must be a list of whole numbers")
+        if type(token) is not int or token < 0:  # True is an instance of int
+            raise ValueError(f"{shortened(token)} is no token id; the tokens of a row must be a list of whole numbers")
+        if token > LARGEST_ID:
+            raise ValueError(f"token id {shortened(token)} overflows 64 bits; was it made with this model's tokenizer?")
     return tokens
 
 
@@ -116,11 +166,19 @@ def category_of(row: Row, default: tuple[str, ...] = ()) -> tuple[str, ...]:
     Raises:
         ValueError: if the category is something else.
     """
-    category = row.get("category", default)
-    subjects = (category,) if isinstance(category, str) else category
-    if not isinstance(subjects, list | tuple) or not all(isinstance(subject, str) for subject in subjects):
-        raise ValueError(f"category is {category!r}; it must be a list of strings")
-    return tuple(subjects)
+    return subjects(row.get("category", default))
+
+
+def split_of(row: Row, default: str) -> str:
+    """Return the split of a row.
+
+    Raises:
+        ValueError: if it is not a string.
+    """
+    split = row.get("split", default)
+    if not isinstance(split, str):
+        raise ValueError(f"split is {shortened(split)}; it must be a string")
+    return split
 
 
 def no_such_split(source: str | Path, split: str, splits: Iterable[str]) -> ValueError:
@@ -135,11 +193,11 @@ def errors_at(where: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{where}: {first_line(error)}") from error
 
 
 def _lacks(row: Row, what: str) -> ValueError:
-    present = [field for field in row if field not in Row.__required_keys__]
+    present = [field for field in row if field not in ("where", "number", "id")]
     return ValueError(
         f"{what}; give a string as {', '.join(TEXT_FIELDS[:-1])} or {TEXT_FIELDS[-1]}; the row has "
         f"{', '.join(present[:LISTED_FIELDS]) or 'no field'}"

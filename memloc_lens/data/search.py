@@ -17,11 +17,12 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.data.corpus import Window, read_corpus, windows_of
 from memloc_lens.data.found import Counts, FindSettings, FoundWindow, Measured
+from memloc_lens.data.readers import is_local
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
 from memloc_lens.products import fast_products
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs
-from memloc_lens.runs.schema import Record
+from memloc_lens.runs.schema import Key, Record
 from memloc_lens.sequence import MemorizedSequence, decode
 
 Step = Literal["scan", "greedy", "shuffled", "foreign"]
@@ -35,12 +36,18 @@ NOT_IDENTITY = ("out", "names")
 
 @dataclass(frozen=True)
 class Search:
-    """A run that has begun: its settings, what it has loaded, its folder, and what runs its jobs."""
+    """A run that has begun: its settings, what it has loaded, its folder, what runs its jobs, and its corpus' hash."""
 
     settings: FindSettings
     model: HookedTransformer
     folder: RunFolder
     engine: Engine
+    corpus_sha256: str
+
+    @property
+    def corpus_key(self) -> Key:
+        """The key of the record that holds the hash."""
+        return ("corpus", self.settings.limit)
 
     def records(self, jobs: Iterable[Job], description: str) -> list[Record]:
         """Return the record of every job, made if it is missing."""
@@ -48,11 +55,17 @@ class Search:
         return run_jobs(make_worker, jobs, self.folder, self.engine, description, unit="batch")
 
 
-def begin(settings: FindSettings, engine: Engine) -> Search:
+def begin(settings: FindSettings, engine: Engine, corpus_sha256: str) -> Search:
     """Load the model and open the folder of the run.
 
+    Args:
+        settings: of the run.
+        engine: runs the jobs.
+        corpus_sha256: hash of the files of the corpus. With a limit, the windows are hashed instead.
+
     Raises:
-        ValueError: if the model cannot be loaded or read so many tokens, or the folder belongs to other settings.
+        ValueError: if the model cannot be loaded or read so many tokens, or the folder belongs to other settings or to
+            another corpus.
     """
     model = settings.load_model()
     if settings.length > model.cfg.n_ctx:
@@ -61,8 +74,13 @@ def begin(settings: FindSettings, engine: Engine) -> Search:
             "shorten them"
         )
     own = {name: value for name, value in settings.as_json().items() if name not in NOT_IDENTITY}
+    if settings.limit and all(map(is_local, settings.corpus)):
+        corpus_sha256 = _digest(islice(_distinct_windows(settings, model, {"windows": 0}), settings.limit))
     folder = RunFolder(settings.out, {**own, "device": str(model.cfg.device)}, key=("step", "item"))
-    return Search(settings, model, folder, engine)
+    search = Search(settings, model, folder, engine, corpus_sha256)
+    if search.corpus_key in folder and folder[search.corpus_key]["sha256"] != corpus_sha256:
+        raise _another_corpus(settings)
+    return search
 
 
 def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
@@ -88,18 +106,19 @@ def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
 
 def _scan_jobs(search: Search, counts: Counts) -> Iterator[Job]:
     """Read the corpus as it is needed, a job a batch of different windows."""
-    windows = islice(_distinct_windows(search, counts), search.settings.limit or None)
+    windows = islice(_distinct_windows(search.settings, search.model, counts), search.settings.limit or None)
     for index, batch in enumerate(_batched(windows, search.settings.batch)):
+        if search.corpus_key not in search.folder:
+            search.folder.append({"step": "corpus", "item": search.settings.limit, "sha256": search.corpus_sha256})
         counts["without exact duplicates"] += len(batch)
         yield _job(search, "scan", index, batch)
 
 
-def _distinct_windows(search: Search, counts: Counts) -> Iterator[Window]:
+def _distinct_windows(settings: FindSettings, model: HookedTransformer, counts: Counts) -> Iterator[Window]:
     """Pass windows on, without exact duplicates, and count them all."""
-    settings = search.settings
     documents = read_corpus(settings.corpus, settings.names)
     seen: set[int] = set()
-    for window in windows_of(search.model, documents, settings.length, settings.stride or settings.length):
+    for window in windows_of(model, documents, settings.length, settings.stride or settings.length):
         counts["windows"] += 1
         fingerprint = hash(window.tokens)  # a few bytes a window: the corpus may be large
         if fingerprint not in seen:
@@ -146,13 +165,15 @@ def _job(search: Search, step: Step, index: int, batch: Sequence[Window | Attemp
     """Return the job of a batch; if it has a record already, check that this was made of the same tokens."""
     key = (step, index)
     if key in search.folder and search.folder[key]["tokens_sha256"] != _digest(batch):
-        raise ValueError(
-            f"the corpus is not the one that the run in {search.settings.out} began with; choose another --out"
-        )
+        raise _another_corpus(search.settings)
     return Job((key,), batch)
 
 
-def _digest(batch: Sequence[Window | Attempt]) -> str:
+def _another_corpus(settings: FindSettings) -> ValueError:
+    return ValueError(f"the corpus is not the one that the run in {settings.out} began with; choose another --out")
+
+
+def _digest(batch: Iterable[Window | Attempt]) -> str:
     return hashlib.sha256(repr([list(item.tokens) for item in batch]).encode()).hexdigest()[:16]
 
 

@@ -31,7 +31,7 @@ from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from memloc_lens.data.readers import PROMPT_LEN
+from memloc_lens.data.files import PROMPT_LEN
 from memloc_lens.runs.command_line import parser, run_command
 
 END_OF_TEXT = "<|endoftext|>"

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from memloc_lens.checks import check_number
-from memloc_lens.data.readers import PROMPT_LEN
+from memloc_lens.data.files import PROMPT_LEN
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.training.corpus import (
     END_OF_TEXT,

@@ -1,9 +1,11 @@
+import gzip
+
 import pytest
 import torch
 from datasets import Dataset
 
 from memloc_lens.data import readers
-from memloc_lens.data.corpus import read_corpus, windows_of
+from memloc_lens.data.corpus import Document, read_corpus, windows_of
 
 
 def documents(*sources, **options):
@@ -71,6 +73,7 @@ def test_what_is_no_corpus(tmp_path):
     [
         ('{"tokens": ["a"]}', "'a' is no token id"),
         ('{"tokens": [1.5, 2]}', "1.5 is no token id"),
+        ('{"tokens": [1, -100]}', "-100 is no token id"),
         ('{"tokens": [1, true]}', "True is no token id"),
         ('{"tokens": [[1, 2]]}', r"\[1, 2\] is no token id"),
         ('{"tokens": null}', "neither 'tokens' nor a text; .* the row has no field"),
@@ -89,3 +92,18 @@ def test_a_category_may_be_one_string(tmp_path):
     """Not its letters, which most words share."""
     (tmp_path / "a.jsonl").write_text('{"text": "one", "category": "licences"}')
     assert documents(tmp_path / "a.jsonl") == [("one", ("licences",))]
+
+
+def test_a_category_of_a_document_is_one_subject(gpt2):
+    (window,) = windows_of(gpt2, [Document([1, 2], "here", "licences")], length=2, stride=2)
+    assert window.category == ("licences",)
+
+
+def test_a_file_of_a_folder_that_is_damaged_is_not_skipped(tmp_path):
+    """A picture is no text; a text that cannot be unpacked is one that would be missed."""
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(b"name\0\0\0text"))
+    (tmp_path / "b.txt").write_text("one")
+    assert documents(tmp_path) == [("one", ())]
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"two" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"c\.txt\.gz cannot be read: .*; to leave the file out"):
+        documents(tmp_path)

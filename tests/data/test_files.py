@@ -1,12 +1,19 @@
+import csv
 import gzip
+import io
 import json
+import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
+from pyarrow import feather
+from pyarrow import parquet as pq
 
-from conftest import VOCAB
+from conftest import VOCAB, write_lines
+from memloc_lens import MemorizedSequence
 from memloc_lens.data import load_definitions, load_sequences, load_texts, readers
 from memloc_lens.data.corpus import read_corpus
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced, text_distance
@@ -134,23 +141,53 @@ def test_the_embedded_sequences_are_distinct(embedded):
             assert len(one & other) / len(one | other) <= 0.05
 
 
-ROWS = [{"all": TEXT, "prompt_len": 2, "id": "a"}, {"all": "Raise\u2028an error.", "prompt_len": 1, "id": "b"}]
+ROWS = [{"all": TEXT, "prompt_len": 2, "id": "a"}, {"all": 'Raise\u2028an\n"error".', "prompt_len": 1, "id": "b"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+TABLE = pa.Table.from_pylist([{**row, "split": "test", "other": 0.5} for row in ROWS])
+
+
+def separated(delimiter: str) -> str:
+    content = io.StringIO()
+    writer = csv.DictWriter(content, ["id", "all", "prompt_len", "split"], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return content.getvalue()
+
+
+def write_stream(path):
+    with pa.ipc.new_stream(str(path), TABLE.schema) as writer:
+        writer.write_table(TABLE)
+
+
 FORMATS = {
-    "a.jsonl": LINES.encode(),
+    "a.jsonl": LINES,
     "windows.jsonl": LINES.replace("\n", "\r\n").encode("utf-8-sig"),
-    "A.JSONL": LINES.encode(),
-    "a.ndjson": LINES.encode(),
+    "A.JSONL": LINES,
+    "a.ndjson": LINES,
     "a.jsonl.gz": gzip.compress(LINES.encode()),
-    "lines.json": LINES.encode(),
-    "list.json": json.dumps(ROWS, indent=1).encode(),
+    "two-parts.jsonl.gz": gzip.compress(LINES[:50].encode()) + gzip.compress(LINES[50:].encode()),
+    "a.jsonl.zst": pa.compress(LINES.encode(), "zstd", asbytes=True),
+    "lines.json": LINES,
+    "list.json": json.dumps(ROWS, indent=1),
+    "list.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "a.csv": separated(","),
+    "excel.csv": separated(",").encode("utf-8-sig"),
+    "a.csv.gz": gzip.compress(separated(",").encode()),
+    "a.tsv": separated("\t"),
+    "a.parquet": lambda path: pq.write_table(TABLE, path, row_group_size=1),
+    "a.feather": lambda path: feather.write_feather(TABLE, str(path)),
+    "a.arrow": write_stream,
+    "saved": lambda path: Dataset(TABLE).save_to_disk(path),
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_file_of_texts_means_the_same_to_every_reader(embedded, tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(FORMATS[name])
+    path, content = tmp_path / name, FORMATS[name]
+    if callable(content):
+        content(path)
+    else:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
     assert_same_texts(embedded, path)
 
 
@@ -173,23 +210,41 @@ TOKENS = np.arange(6 * 40).reshape(6, 40) % VOCAB
 
 
 def save_tokens(folder, name: str) -> None:
-    if name == "a.pt":
-        torch.save(torch.tensor(TOKENS), folder / name)
-    elif name == "a.csv":
-        np.savetxt(folder / name, TOKENS, fmt="%d", delimiter=",")
+    path, halves = folder / name, (TOKENS[:, :10].astype(np.uint16), TOKENS[:, 10:].astype(np.uint16))
+    if name in ("a.pt", "old.pt"):
+        torch.save(torch.tensor(TOKENS), path, _use_new_zipfile_serialization=name == "a.pt")
+    elif name in ("a.csv", "a.tsv"):
+        np.savetxt(path, TOKENS, fmt="%d", delimiter="," if name == "a.csv" else "\t")
+    elif name == "named.csv":
+        path.write_text("tokens\n" + "".join(f'"{row}"\n' for row in TOKENS.tolist()))
+    elif name == "a.parquet":
+        pq.write_table(pa.table({"tokens": TOKENS.tolist(), "index": range(6)}), path)
+    elif name == "a.jsonl":
+        write_lines(path, [{"tokens": row} for row in TOKENS.tolist()])
     elif name == "a.npy":
-        np.save(folder / name, TOKENS.astype(np.uint16))
+        np.save(path, np.asfortranarray(TOKENS.astype(np.uint16)))
+    elif name == "a.npz":
+        np.savez_compressed(path, tokens=TOKENS.astype(np.uint32))
+    elif name == "pair.npz":
+        np.savez(path, prefix=halves[0], suffix=halves[1])
     else:
-        np.save(folder / "a_prefix.npy", TOKENS[:, :10].astype(np.uint16))
-        np.save(folder / "a_suffix.npy", TOKENS[:, 10:].astype(np.uint16))
+        np.save(folder / "a_prefix.npy", halves[0])
+        np.save(folder / "a_suffix.npy", halves[1])
 
 
 @pytest.mark.parametrize(
     ("name", "prompt_len", "dev"),
     [
         ("a.pt", 32, 5),
+        ("old.pt", 32, 5),
         ("a.csv", 32, 0),
+        ("a.tsv", 32, 0),
+        ("named.csv", 32, 0),
+        ("a.jsonl", 32, 0),
+        ("a.parquet", 32, 0),
         ("a.npy", 32, 0),
+        ("a.npz", 32, 0),
+        ("pair.npz", 10, 0),
         ("a_prefix.npy", 10, 0),
         ("a_suffix.npy", 10, 0),
         ("", 10, 0),
@@ -197,14 +252,73 @@ def save_tokens(folder, name: str) -> None:
 )
 def test_a_file_of_tokens_means_the_same_to_every_reader(gpt2, tmp_path, name, prompt_len, dev):
     save_tokens(tmp_path, name)
+    path = tmp_path / name
     for load in (load_sequences, load_definitions):
-        assert [sequence.tokens.tolist() for sequence in load(gpt2, tmp_path / name)] == TOKENS[dev:].tolist()
-    assert load_sequences(gpt2, tmp_path / name)[0].prompt_len == prompt_len
-    assert len(load_sequences(gpt2, tmp_path / name, split="dev")) == dev
-    file = tmp_path / (name or "a_prefix.npy")
-    assert [document.content for document in read_corpus([file])] == TOKENS.tolist()
-    with pytest.raises(ValueError, match=r"(row|line) 1: no text"):
-        load_texts(file)
+        assert [sequence.tokens.tolist() for sequence in load(gpt2, path)] == TOKENS[dev:].tolist()
+    assert load_sequences(gpt2, path)[0].prompt_len == prompt_len
+    assert len(load_sequences(gpt2, path, split="dev")) == dev
+    assert [document.content for document in read_corpus([path])] == TOKENS.tolist()
+    assert [document.content for document in read_corpus([tmp_path])] == TOKENS.tolist()
+    with pytest.raises(ValueError, match=r"(row|line) \d: no text"):
+        load_texts(path)
+    if prompt_len == 32:
+        assert {sequence.prompt_len for sequence in load_sequences(gpt2, path, prompt_len=7)} == {7}
+    else:
+        assert load_sequences(gpt2, path, prompt_len=10)[0].prompt_len == 10
+        with pytest.raises(ValueError, match="row 1: prompt_len is 10, and 7 was asked for"):
+            load_sequences(gpt2, path, prompt_len=7)
+
+
+def test_texts_take_a_prompt_len_that_they_do_not_have(embedded, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"all": TEXT}, {"all": TEXT, "prompt_len": 3}])
+    with pytest.raises(ValueError, match=r"line 1: prompt_len is None; .* --prompt-len"):
+        load_sequences(embedded, path)
+    assert [sequence.prompt_len for sequence in load_sequences(embedded, path, prompt_len=3)] == [3, 3]
+    with pytest.raises(ValueError, match="line 2: prompt_len is 3, and 4 was asked for; leave --prompt-len out"):
+        load_sequences(embedded, path, prompt_len=4)
+    for value in (0, -1, True):
+        with pytest.raises(ValueError, match=f"prompt_len is {value}; it must be a whole number at least 1"):
+            load_sequences(embedded, path, prompt_len=value)
+
+
+def test_a_prompt_that_disagrees_with_the_tokens_is_refused(embedded, tmp_path):
+    """The row of `find` of another model holds tokens of another tokenizer."""
+    tokens = MemorizedSequence.from_text(embedded, TEXT, 3).tokens.tolist()
+    good = {"tokens": tokens, "prompt_len": 3, "prompt": embedded.to_string(torch.tensor(tokens[:3]))}
+    assert len(load_sequences(embedded, write_lines(tmp_path / "good.jsonl", [good]))) == 1
+    for changes in ({"prompt_len": 4}, {"tokens": [token + 1 for token in tokens]}):
+        path = write_lines(tmp_path / "bad.jsonl", [good | changes])
+        with pytest.raises(ValueError, match=r"line 1: prompt_len is ., and 'prompt' has 3 of this model's tokens"):
+            load_sequences(embedded, path)
+
+
+def test_a_saved_data_set_of_several_splits_names_them(embedded, tmp_path):
+    DatasetDict(train=Dataset(TABLE), held=Dataset(TABLE)).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match=r"holds several splits; give one of .*/train, .*/held"):
+        load_sequences(embedded, tmp_path / "saved")
+    assert_same_texts(embedded, tmp_path / "saved" / "held")
+    (tmp_path / "saved" / "held" / "state.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a data set that save_to_disk wrote"):
+        load_definitions(embedded, tmp_path / "saved" / "held")
+
+
+def test_a_large_file_is_read_in_little_memory(tmp_path):
+    """Rows come as they are read, so that a file may be larger than memory."""
+    pq.write_table(pa.table({"text": ["one " * 100] * 20_000}), tmp_path / "a.parquet", use_dictionary=False)
+    write_lines(tmp_path / "a.jsonl", [{"text": "one " * 100}] * 20_000)
+    for name in ("a.parquet", "a.jsonl"):
+        tracemalloc.start()
+        for number, _ in enumerate(read_corpus([tmp_path / name])):
+            if number == 1000:
+                break
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+
+
+def test_an_empty_text_is_no_text(tmp_path):
+    for name in ("a.txt", "a.jsonl"):
+        with pytest.raises(ValueError, match=f"{name} has no text"):
+            load_texts(write(tmp_path / name))
 
 
 def test_a_new_format_is_a_function_and_a_line(gpt2, tmp_path, monkeypatch):
@@ -232,6 +346,8 @@ def test_a_new_format_is_a_function_and_a_line(gpt2, tmp_path, monkeypatch):
         ("folder/a.jsonl", False),
         ("folder/a.TXT", False),
         ("folder/a.npy", False),
+        ("folder/a.parquet", False),
+        ("folder/a.txt.gz", False),
     ],
 )
 def test_names_on_the_hub(source, is_name):

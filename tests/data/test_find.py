@@ -126,6 +126,55 @@ def test_a_corpus_that_lost_text_is_refused_where_it_matters(corpus, settings, t
         run(settings)
 
 
+@pytest.mark.parametrize("limit", [0, 15])
+def test_a_corpus_that_changed_where_nothing_is_recorded_yet_is_refused(corpus, settings, tmp_path, monkeypatch, limit):
+    """Windows before and after the change would be counted as one corpus."""
+    lines = corpus.read_text().splitlines(keepends=True)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(lines))
+    settings = replace(settings, corpus=(str(path),), batch=2, limit=limit)
+    kept = RunFolder.append
+
+    def append_or_die(self, record):
+        if len(self.records) == 2:
+            raise KeyboardInterrupt
+        kept(self, record)
+
+    monkeypatch.setattr(RunFolder, "append", append_or_die)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings)
+    monkeypatch.setattr(search, "_scanned", None)  # refused before any work
+    changes = {
+        "rewritten": [*lines[:2], *(line.replace(" the ", " a ") for line in lines[2:])],
+        "shorter": lines[:-4],
+        "longer": [*lines[:8], lines[8].replace('"text": "', '"text": "' + "And. " * 9), *lines[9:]],
+    }
+    for changed in changes.values():
+        path.write_text("".join(changed))
+        with pytest.raises(ValueError, match="the corpus is not the one"):
+            run(settings)
+
+
+def test_a_corpus_may_change_after_the_limit(corpus, settings, tmp_path):
+    lines = corpus.read_text().splitlines(keepends=True)
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(lines))
+    settings = replace(settings, corpus=(str(path),), limit=3)
+    report = run(settings)
+    path.write_text("".join(lines[:3]) + '{"text": "more"}\n')
+    assert run(settings) == report
+
+
+def test_a_corpus_that_was_too_short_may_grow(corpus, settings, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n')
+    settings = replace(settings, corpus=(str(path),), limit=2)
+    with pytest.raises(ValueError, match="no window of 80 tokens"):
+        run(settings)
+    path.write_text(corpus.read_text())
+    assert run(settings)["counts"]["windows"] == 2
+
+
 def test_a_file_of_a_folder_that_cannot_be_read_is_refused_first(corpus, settings, tmp_path):
     """With other names the run goes on in its folder."""
     (tmp_path / "texts").mkdir()

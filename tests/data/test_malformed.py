@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from bad_files import BAD
 from datasets import Dataset
 
 from conftest import VOCAB
-from memloc_lens.data import load_definitions, load_sequences, readers
+from memloc_lens.data import load_definitions, load_sequences, opening, readers, token_formats
 from memloc_lens.data.corpus import read_corpus
 
 TEXT = "Return the number of items in the list, or raise an error if there are none."
@@ -93,13 +94,49 @@ def test_token_arrays(gpt2, tmp_path):
         ("a.json", b"[3]", "row 1: a int where an object"),
         ("a.jsonl.gz", b"none", "a.jsonl.gz cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", gzip.compress(GOOD.encode())[:-9], "a.jsonl.gz cannot be read: Compressed file ended"),
-        ("a.parquet", b"PAR1\xff", r"a\.parquet .* plain text"),
     ],
 )
 def test_other_formats(embedded, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     assert_one_line(lambda: load_sequences(embedded, tmp_path / name), name, message)
     assert_one_line(lambda: list(read_corpus([tmp_path / name])), name, r"a\.(csv|json)|is not a text file in UTF-8: ")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("name", BAD)
+def test_whoever_reads_a_bad_file_refuses_it(embedded, tmp_path, name):
+    file, write, message = BAD[name]
+    write(tmp_path / file)
+    is_plain = readers.reader_of(tmp_path / file) is readers.plain_text
+    loaders = (
+        () if is_plain else (lambda: load_sequences(embedded, tmp_path / file),),
+        () if is_plain else (lambda: load_definitions(embedded, tmp_path / file),),
+        () if name.startswith("an empty .") else (lambda: list(read_corpus([tmp_path / file])),),
+    )
+    for (load,) in filter(None, loaders):
+        assert_one_line(load, "a", message)
+
+
+def test_what_is_held_in_memory_is_bounded(gpt2, tmp_path, monkeypatch):
+    """A small compressed file can unpack to any size, and a line can be as long as a file."""
+    monkeypatch.setattr(opening, "LARGEST", 2**20)
+    monkeypatch.setattr(token_formats, "LARGEST", 2**20)
+    for name in ("a.jsonl.gz", "a.csv.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"1" * 2**21))
+        assert_one_line(lambda name=name: load_sequences(gpt2, tmp_path / name), name, "line 1 is longer than 1 MiB")
+    (tmp_path / "a.txt").write_text("one two " * 2**18)
+    assert_one_line(lambda: list(read_corpus([tmp_path / "a.txt"])), "a.txt", "more than 1 MiB of text")
+    np.savez_compressed(tmp_path / "a.npz", tokens=np.zeros((2**10, 2**8), dtype=np.int64))
+    assert_one_line(lambda: load_sequences(gpt2, tmp_path / "a.npz"), "a.npz", "more than 1 MiB of token ids")
+
+
+def test_a_path_that_is_none(embedded, tmp_path):
+    for source in ("", "a\0b"):
+        for load in (load_sequences, load_definitions):
+            with pytest.raises(ValueError, match="the source is"):
+                load(embedded, source)
+    with pytest.raises(ValueError, match="cannot be read: File name too long"):
+        load_definitions(embedded, "x" * 300)
 
 
 def test_memorized_evals(gpt2, monkeypatch):
