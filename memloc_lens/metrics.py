@@ -21,7 +21,14 @@ from memloc_lens.components import ComponentSet, Scope, count_of
 from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss
 from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.memory import rows_at_once
-from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, decode, equal_length_batches
+from memloc_lens.sequence import (
+    Batch,
+    MemorizedSequence,
+    begins_with_bos,
+    check_sequences,
+    decode,
+    equal_length_batches,
+)
 
 __all__ = [
     "Predictions",
@@ -144,31 +151,38 @@ def row_losses(
     return torch.cat(losses).double().cpu()
 
 
-def text_rows(model: HookedTransformer, texts: Sequence[str], tokens: int, length: int = 128) -> Int[Tensor, "row pos"]:
+def text_rows(
+    model: HookedTransformer, texts: Sequence[str], tokens: int, length: int = 128, bos: bool | None = None
+) -> Int[Tensor, "row pos"]:
     """Return the first tokens of the texts, joined and cut into rows of equal length.
 
     Args:
-        model: whose tokenizer reads the texts. An end-of-text token separates two texts.
+        model: whose tokenizer reads the texts. An end-of-text token separates two texts, if the tokenizer has one.
         texts: enough for at least one row.
         tokens: total number of tokens.
         length: of a row, at most what the model reads.
+        bos: begin every row with a beginning-of-sequence token. Default: what the tokenizer is configured to do.
 
     Raises:
-        ValueError: if the model has no tokenizer, or the texts fill no row.
+        ValueError: if the model has no tokenizer, or none with such a token, or the texts fill no row.
     """
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer to read texts with")
-    length = min(length, model.cfg.n_ctx)
+    first = [model.tokenizer.bos_token_id] if begins_with_bos(model, bos) else []
+    own = min(length, model.cfg.n_ctx) - len(first)
     stream: list[int] = []
+    separator = [] if model.tokenizer.eos_token_id is None else [model.tokenizer.eos_token_id]
     for text in texts:
         if len(stream) >= tokens:
             break
-        stream += model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        stream.append(model.tokenizer.eos_token_id)
-    rows = min(len(stream), tokens) // length
+        stream += model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + separator
+    rows = min(tokens // (own + len(first)), len(stream) // own)
     if rows == 0:
-        raise ValueError(f"{min(len(stream), tokens)} tokens of text do not fill one row of {length}; give more text")
-    return torch.tensor(stream[: rows * length]).view(rows, length)
+        raise ValueError(
+            f"{min(len(stream), tokens)} tokens of text do not fill one row of {own + len(first)}; give more text"
+        )
+    cut = torch.tensor(stream[: rows * own]).view(rows, own)
+    return torch.cat([torch.tensor(first, dtype=torch.long).expand(rows, -1), cut], dim=1)
 
 
 def recall(gold: ComponentSet, predicted: ComponentSet) -> float:

@@ -59,13 +59,28 @@ class MemorizedSequence:
 
     @classmethod
     def from_text(
-        cls, model: HookedTransformer, text: str, prompt_len: int, id: str = "", category: str | Sequence[str] = ()
+        cls,
+        model: HookedTransformer,
+        text: str,
+        prompt_len: int,
+        id: str = "",
+        category: str | Sequence[str] = (),
+        bos: bool | None = None,
     ) -> "MemorizedSequence":
-        """Tokenize a text, without a beginning-of-sequence token.
+        """Tokenize a text.
+
+        Args:
+            model: whose tokenizer reads the text.
+            text: prompt and suffix.
+            prompt_len: number of the text's tokens in the prompt.
+            id: label of the sequence.
+            category: subjects of the text.
+            bos: put a beginning-of-sequence token before the text, as one more token of the prompt. Default: what the
+                model's tokenizer is configured to do (`model.cfg.default_prepend_bos`).
 
         Raises:
-            ValueError: if the model has no tokenizer, the text is empty or holds half of a character, or the prompt
-                leaves no suffix.
+            ValueError: if the model has no tokenizer, or none with such a token, the text is empty or holds half of a
+                character, or the prompt leaves no suffix.
 
         Example:
             >>> MemorizedSequence.from_text(model, "Return the number of items", prompt_len=2).prompt.shape
@@ -76,7 +91,25 @@ class MemorizedSequence:
             raise ValueError("the model has no tokenizer; make the sequence from tokens instead")
         check_text(f"the text of sequence {id!r}", text)
         tokens = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return cls(torch.tensor(tokens), prompt_len, id, category)
+        sequence = cls(torch.tensor(tokens), prompt_len, id, category)
+        return sequence.after_bos(model) if begins_with_bos(model, bos) else sequence
+
+    def after_bos(self, model: HookedTransformer) -> "MemorizedSequence":
+        """Return the sequence with a beginning-of-sequence token as the first of its prompt, if it has none there.
+
+        Raises:
+            ValueError: if the model's tokenizer has no such token.
+
+        Example:
+            >>> sequence = MemorizedSequence([5, 6, 7, 8], prompt_len=3).after_bos(model)
+            >>> sequence.tokens.tolist(), sequence.prompt_len
+            ([0, 5, 6, 7, 8], 4)
+        """
+        first = _bos_token(model)
+        if int(self.tokens[0]) == first:
+            return self
+        tokens = torch.cat([torch.tensor([first]), self.tokens])
+        return MemorizedSequence(tokens, self.prompt_len + 1, self.id, self.category)
 
     @property
     def prompt(self) -> Int[Tensor, "1 prompt"]:
@@ -108,6 +141,35 @@ class MemorizedSequence:
                 f"sequence {self.id!r} has tokens from {int(self.tokens.min())} to {int(self.tokens.max())}, and the "
                 f"model knows 0 to {model.cfg.d_vocab - 1}; was it made with another tokenizer?"
             )
+
+
+def begins_with_bos(model: HookedTransformer, bos: bool | None) -> bool:
+    """Whether a beginning-of-sequence token comes before the texts of a model.
+
+    Args:
+        model: with or without a tokenizer.
+        bos: what was asked for. Default: what the model's tokenizer is configured to do.
+
+    Raises:
+        ValueError: if one was asked for, and the tokenizer has none.
+
+    Example:
+        >>> from memloc_lens.sequence import begins_with_bos
+        >>> begins_with_bos(model, None), begins_with_bos(model, True)
+        (False, True)
+    """
+    if bos is not None and not isinstance(bos, bool):
+        raise ValueError(f"bos is {bos!r}; it must be True, False, or None for what the tokenizer is configured to do")
+    if bos:
+        _bos_token(model)
+    return bool(model.tokenizer is not None and model.cfg.default_prepend_bos) if bos is None else bos
+
+
+def _bos_token(model: HookedTransformer) -> int:
+    if model.tokenizer is None or model.tokenizer.bos_token_id is None:
+        lacking = "no tokenizer" if model.tokenizer is None else "a tokenizer without a beginning-of-sequence token"
+        raise ValueError(f"bos is True, and {model.cfg.model_name} has {lacking}; leave bos out")
+    return model.tokenizer.bos_token_id
 
 
 def subjects(category: object) -> tuple[str, ...]:

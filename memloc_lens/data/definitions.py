@@ -20,7 +20,7 @@ from memloc_lens.data.row import (
     with_distinct_ids,
 )
 from memloc_lens.data.text_formats import text_lines
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"
 """Sentences that define things which do not exist, so that no model has read them."""
@@ -30,7 +30,11 @@ PROMPT_LEN = 1
 
 
 def load_definitions(
-    model: HookedTransformer, source: str | Path | None = None, split: str = "test", max_tokens: int = 0
+    model: HookedTransformer,
+    source: str | Path | None = None,
+    split: str = "test",
+    max_tokens: int = 0,
+    bos: bool | None = None,
 ) -> list[MemorizedSequence]:
     """Load texts to inject, as sequences whose prompt is the first token.
 
@@ -42,6 +46,8 @@ def load_definitions(
         split: `"test"` (60 of the package's definitions) or `"dev"` (5), or the split on the hub if the source names
             none. Rows without a split belong to all splits.
         max_tokens: length in tokens to which longer texts are cut; 0 cuts nothing.
+        bos: put a beginning-of-sequence token before every text that does not begin with one, as one more token of the
+            prompt. Default: what the model's tokenizer is configured to do; token ids are used as they are.
 
     Returns:
         The sequences in the order of the source.
@@ -65,7 +71,7 @@ def load_definitions(
             row_split = split_of(row, split)
             splits.add(row_split)
             if row_split == split:
-                sequences.append(_definition(model, row, max_tokens))
+                sequences.append(_definition(model, row, max_tokens, bos))
     if not sequences:
         raise no_such_split(source, split, splits)
     return sequences
@@ -77,15 +83,17 @@ def _rows(source: str | Path, split: str) -> Iterator[Row]:
     return rows(source, "texts", hub_split=split)
 
 
-def _definition(model: HookedTransformer, row: Row, max_tokens: int) -> MemorizedSequence:
+def _definition(model: HookedTransformer, row: Row, max_tokens: int, bos: bool | None) -> MemorizedSequence:
     """Make the sequence from the text, if there is one: `tokens` beside it may be of another tokenizer."""
     content = find_text(row) or content_of(row)
     if isinstance(content, str):
         if model.tokenizer is None:
             raise ValueError(f"{model.cfg.model_name} has no tokenizer to read texts with; give tokens")
-        tokens = MemorizedSequence.from_text(model, content, PROMPT_LEN, row["id"]).tokens
+        tokens = MemorizedSequence.from_text(model, content, PROMPT_LEN, row["id"], bos=False).tokens
     else:
         tokens = torch.tensor(content, dtype=torch.long)
     sequence = MemorizedSequence(tokens[: max_tokens or None], PROMPT_LEN, row["id"], category_of(row))
+    if begins_with_bos(model, bos) and (bos or isinstance(content, str)):
+        sequence = sequence.after_bos(model)
     sequence.check_fits(model)
     return sequence

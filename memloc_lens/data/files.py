@@ -36,6 +36,7 @@ def load_sequences(
     path: str | Path | None = None,
     split: str = DEFAULT_SPLIT,
     prompt_len: int | None = None,
+    bos: bool | None = None,
 ) -> list[MemorizedSequence]:
     """Load the sequences of one split of a data set, and check all its rows against the model.
 
@@ -46,6 +47,8 @@ def load_sequences(
         split: of the embedded model, `"dev"` and `"test"` are memorized; `"control"` was seen at most once in training
             and is not memorized; `"partial"` was seen repeatedly and is not (fully) memorized.
         prompt_len: number of tokens in the prompt of rows that do not say. Default: 32 for token ids; a text must say.
+        bos: put a beginning-of-sequence token before every row that does not begin with one; `prompt_len` does not
+            count it. Default: before texts, if the model's tokenizer is configured to; token ids are used as they are.
 
     Returns:
         The sequences in the order of the file. The list is empty if the data set lacks the split `"dev"`,
@@ -68,7 +71,7 @@ def load_sequences(
     splits: dict[str, list[MemorizedSequence]] = {}
     for row in with_distinct_ids(rows(source, "sequences")):
         with errors_at(row["where"]):
-            splits.setdefault(split_of(row, DEFAULT_SPLIT), []).append(_sequence(model, row, prompt_len))
+            splits.setdefault(split_of(row, DEFAULT_SPLIT), []).append(_sequence(model, row, prompt_len, bos))
     if split not in splits and (not splits or split not in OPTIONAL_SPLITS):
         raise no_such_split(source, split, splits)
     return splits.get(split, [])
@@ -111,12 +114,13 @@ def _default_source(model: HookedTransformer) -> Path:
     return EMBEDDED / "sequences.jsonl"
 
 
-def _sequence(model: HookedTransformer, row: Row, asked: int | None) -> MemorizedSequence:
+def _sequence(model: HookedTransformer, row: Row, asked: int | None, bos: bool | None) -> MemorizedSequence:
     content, category, prompt_len = content_of(row), category_of(row), _prompt_len(row, asked)
     if isinstance(content, str):
-        sequence = MemorizedSequence.from_text(model, content, prompt_len, row["id"], category)
+        sequence = MemorizedSequence.from_text(model, content, prompt_len, row["id"], category, bos)
     else:
         sequence = MemorizedSequence(content, prompt_len, row["id"], category)
+        sequence = sequence.after_bos(model) if bos else sequence
     sequence.check_fits(model)
     _check_prompt(model, row, content, sequence)
     return sequence

@@ -44,6 +44,8 @@ class FindSettings:
         batch: Maximum number of windows at a time.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
         dtype: Precision of weights and computation.
+        bos: Put a beginning-of-sequence token before every window; `prompt` does not count it. Default: what the
+            model's tokenizer is configured to do.
     """
 
     corpus: tuple[str, ...]
@@ -63,6 +65,7 @@ class FindSettings:
     batch: int = 32
     device: str | None = None
     dtype: Precision = "float32"
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         if not self.corpus:
