@@ -48,6 +48,15 @@ SMALL = dict(
 )
 """Sizes under the names of every family; a configuration ignores those it does not know."""
 
+IMAGES = dict(
+    vision_config=dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    ),
+    mm_tokens_per_image=4,
+    **dict(zip(("image_token_index", "boi_token_index", "eoi_token_index"), (96, 95, 94), strict=True)),
+)
+"""A small part for images, of a model that has one."""
+
 ROPE_THETA = dict(rope_type="default", rope_theta=300.0)
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=4.0)
 DYNAMIC = LINEAR | dict(rope_type="dynamic")
@@ -100,6 +109,7 @@ SAME: list[tuple[str, dict[str, Any]]] = [
     ("Gemma2ForCausalLM", dict(attn_logit_softcapping=None, final_logit_softcapping=None, query_pre_attn_scalar=8)),
     ("Gemma3ForCausalLM", dict(query_pre_attn_scalar=20, num_key_value_heads=2, **EACH_LAYER)),
     ("Gemma3ForCausalLM", dict(final_logit_softcapping=3.0, attn_logit_softcapping=2.0, sliding_window=4)),
+    ("Gemma3ForConditionalGeneration", dict(num_key_value_heads=2, **EACH_LAYER)),
     ("PhiForCausalLM", dict(partial_rotary_factor=0.25, layer_norm_eps=0.01)),
     ("PhiForCausalLM", dict(rope_parameters=LINEAR, hidden_act="gelu")),
     ("Phi3ForCausalLM", dict(num_key_value_heads=2, sliding_window=5, partial_rotary_factor=0.5)),
@@ -136,6 +146,9 @@ REFUSED = [
 
 def config_of(architecture: str, **settings: Any) -> Any:
     config_class = getattr(transformers, architecture).config_class
+    if "text_config" in config_class.sub_configs:  # a model that reads images too
+        text_class = config_class.sub_configs["text_config"]
+        return config_class(text_config=text_class(**copy.deepcopy(SMALL | settings)), **copy.deepcopy(IMAGES))
     return config_class(**copy.deepcopy(SMALL | settings))  # transformers writes into the dictionaries
 
 
@@ -180,7 +193,7 @@ def ablated(model: HookedTransformer, original: Any) -> float:
     """The number of tokens that differ, written under an ablation and by a copy with rows of the weights at zero."""
     members = torch.rand(model.cfg.n_layers, model.cfg.d_mlp, generator=torch.Generator().manual_seed(2)) < 0.3
     zeroed, tokens = copy.deepcopy(original), some_tokens(6, rows=1)
-    outputs = [module for name, module in zeroed.named_modules() if name.endswith(OUTPUTS)]
+    outputs = [module for name, module in zeroed.get_decoder().named_modules() if name.endswith(OUTPUTS)]
     for layer, output in enumerate(outputs):
         transposed = isinstance(output, transformers.pytorch_utils.Conv1D)
         (output.weight if transposed else output.weight.T)[members[layer]] = 0

@@ -192,6 +192,10 @@ def _gemma3(config: PreTrainedConfig) -> Fields:
     return _gemma2(config) | dict(use_qk_norm=True, attn_scores_soft_cap=-1.0)  # transformers reads no cap here
 
 
+def _gemma3_with_images(config: PreTrainedConfig) -> Fields:
+    return _gemma3(config.get_text_config())
+
+
 def _phi(config: PreTrainedConfig) -> Fields:
     _require(config, qk_layernorm=False, num_key_value_heads=config.num_attention_heads)
     return (_shape(config) | _rotary(config, _head_size(config))) | dict(
@@ -227,6 +231,7 @@ FAMILIES: dict[str, Family] = {
     "GemmaForCausalLM": Family(_gemma, weights.of_gemma),
     "Gemma2ForCausalLM": Family(_gemma2, weights.of_gemma2),
     "Gemma3ForCausalLM": Family(_gemma3, weights.of_gemma2),
+    "Gemma3ForConditionalGeneration": Family(_gemma3_with_images, weights.of_gemma2),
     "PhiForCausalLM": Family(_phi, weight_conversions.convert_phi_weights),
     "Phi3ForCausalLM": Family(_mistral, weights.of_phi3),
     "OlmoForCausalLM": Family(_olmo, weights.of_olmo),

@@ -23,12 +23,12 @@ def use_rotary_of(original: Any, model: HookedTransformer) -> None:
             changes.
         model: of the same shape, changed in place.
     """
-    rotary = getattr(original.base_model, "rotary_emb", None)
+    rotary = getattr(original.get_decoder(), "rotary_emb", None)
     if rotary is None:
         return
     by_layer_type = "layer_type" in inspect.signature(inspect.unwrap(rotary.forward)).parameters
     for index, block in enumerate(model.blocks):
-        options = {"layer_type": original.config.layer_types[index]} if by_layer_type else {}
+        options = {"layer_type": original.config.get_text_config().layer_types[index]} if by_layer_type else {}
         attention = block.attn
         vars(attention)["calculate_sin_cos_rotary"] = functools.partial(_sin_cos, rotary, options)
         attention._extend_rotary_embeddings(len(attention.rotary_sin))

@@ -96,7 +96,7 @@ def _of_gemma(original: Any, cfg: HookedTransformerConfig, norms: Mapping[str, s
 
 def _state(original: Any, cfg: HookedTransformerConfig, norms: Mapping[str, str]) -> State:
     """Return the state, given which norm of transformers is which of the `HookedTransformer`."""
-    model = original.model
+    model = original.get_decoder()
     state = {"embed.W_E": model.embed_tokens.weight, "unembed.W_U": original.lm_head.weight.T}
     state |= _norm("ln_final", model.norm)
     for index, layer in enumerate(model.layers):

@@ -27,6 +27,8 @@ HARMLESS = {
     *("layer_norm_elementwise_affine", "slow_but_exact"),
     # `layer_types` and `attention_layers` are made from these
     *("attention_types", "use_sliding_window", "max_window_layers"),
+    # of images
+    *("vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index", "eoi_token_index"),
     # rotary embeddings are those of transformers, whatever they are made from
     "original_max_position_embeddings",
 }
@@ -63,10 +65,11 @@ def test_no_setting_is_overlooked(architecture):
     for settings in ({}, *(settings for family, settings in SAME if family == architecture)):
         config = config_of(architecture, **settings)
         own_names = config.attribute_map
+        record_reads(config.get_text_config(), read)
         record_reads(config, read)
         FAMILIES[architecture].fields(config)
     read |= {own_names[name] for name in own_names.keys() & read}
-    settings = {field.name for field in dataclasses.fields(config)}
+    settings = {field.name for part in (config, config.get_text_config()) for field in dataclasses.fields(part)}
     assert settings - {field.name for field in dataclasses.fields(PreTrainedConfig)} - read <= HARMLESS
 
 
