@@ -109,7 +109,8 @@ def windows_of(model: HookedTransformer, documents: Iterable[Document], length: 
 
 def _folder(folder: Path, names: Sequence[str]) -> Iterator[Document]:
     for file in sorted(folder.rglob("*")):
-        if exists(file) and file.is_file() and any(fnmatch(file.name, name) for name in names) and not _is_second_half(file):
+        is_wanted = any(fnmatch(file.name, name) for name in names) and not _is_second_half(file)
+        if is_wanted and exists(file) and file.is_file():
             category = file.relative_to(folder).parts[:-1][:1]
             yield from _file_in_folder(file, category)
 
