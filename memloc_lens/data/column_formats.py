@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
 
-from memloc_lens.data.opening import first_line, parsing
+from memloc_lens.data.opening import exists, first_line, parsing
 from memloc_lens.data.row import CONTENT_FIELDS, FIELDS, Row, file_row
 
 BATCH = 256
@@ -42,7 +42,7 @@ def arrow(path: Path) -> Iterator[Row]:
 
 def is_saved_data_set(folder: Path) -> bool:
     """Whether `save_to_disk` of a data set wrote the folder."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any(exists(folder / name) for name in ("state.json", "dataset_dict.json"))
 
 
 def saved_data_set(folder: Path) -> Iterator[Row]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from transformer_lens import HookedTransformer
 
+from memloc_lens.data.column_formats import is_saved_data_set
 from memloc_lens.data.opening import NotText, exists, path_of
-from memloc_lens.data.readers import is_data_set, is_plain_text, rows
+from memloc_lens.data.readers import is_plain_text, rows
 from memloc_lens.data.row import Row, category_of, content_of, errors_at
 from memloc_lens.data.token_formats import pair_of
 from memloc_lens.sequence import subjects
@@ -69,7 +70,7 @@ def read_corpus(sources: Sequence[str | Path], names: Sequence[str] = ("*",)) ->
     """
     for source in sources:
         folder = path_of(source)
-        if exists(folder) and folder.is_dir() and not is_data_set(folder):
+        if exists(folder) and folder.is_dir() and not is_saved_data_set(folder):
             yield from _folder(folder, names)
         else:
             yield from map(_document, rows(source, "corpus", streaming=True))
@@ -108,7 +109,8 @@ def windows_of(model: HookedTransformer, documents: Iterable[Document], length: 
 
 def _folder(folder: Path, names: Sequence[str]) -> Iterator[Document]:
     for file in sorted(folder.rglob("*")):
-        if file.is_file() and any(fnmatch(file.name, name) for name in names) and not _is_second_half(file):
+        is_wanted = any(fnmatch(file.name, name) for name in names) and not _is_second_half(file)
+        if is_wanted and exists(file) and file.is_file():
             category = file.relative_to(folder).parts[:-1][:1]
             yield from _file_in_folder(file, category)
 

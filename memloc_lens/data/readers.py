@@ -159,11 +159,6 @@ def is_plain_text(source: str | Path) -> bool:
     return exists(path) and path.is_file() and reader_of(path) is plain_text
 
 
-def is_data_set(folder: Path) -> bool:
-    """Whether a folder is one data set, and not a folder of files."""
-    return is_saved_data_set(folder) or len(_pairs(folder)) == 1
-
-
 def _file_rows(path: Path) -> Iterator[Row]:
     check_regular(path)
     reader = reader_of(path)

@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from pyarrow import parquet as pq
 
 from conftest import VOCAB, write_lines
 from memloc_lens import MemorizedSequence
+from memloc_lens.benchmarks.deletion import load_material
 from memloc_lens.data import load_definitions, load_sequences, load_texts, readers
 from memloc_lens.data.corpus import read_corpus
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced, text_distance
@@ -279,6 +281,14 @@ def test_texts_take_a_prompt_len_that_they_do_not_have(embedded, tmp_path):
     for value in (0, -1, True):
         with pytest.raises(ValueError, match=f"prompt_len is {value}; it must be a whole number at least 1"):
             load_sequences(embedded, path, prompt_len=value)
+
+
+def test_del_takes_a_prompt_len_for_data_without_one(small_del, tmp_path):
+    save_tokens(tmp_path, "a.npy")
+    settings = replace(small_del, data=tmp_path / "a.npy", prompt_len=7)
+    assert {sequence.prompt_len for sequence in load_material(settings).targets} == {7}
+    with pytest.raises(ValueError, match="prompt_len is 0; it must be a whole number at least 1"):
+        replace(small_del, prompt_len=0)
 
 
 def test_a_prompt_that_disagrees_with_the_tokens_is_refused(embedded, tmp_path):
