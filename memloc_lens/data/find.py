@@ -19,7 +19,6 @@ An interrupted run resumes when you repeat the command. `--data OUT/sequences.js
 import json
 import random
 from itertools import islice
-from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -30,10 +29,11 @@ from memloc_lens.data.corpus import read_corpus
 from memloc_lens.data.found import Counts, FindSettings, FoundSequence, FoundWindow, Report, Split
 from memloc_lens.data.guessing import foreign_prompts, shuffled_prompts, why_guessable
 from memloc_lens.data.near_duplicates import near_duplicate_groups
-from memloc_lens.data.readers import is_hub_name
-from memloc_lens.data.search import Search, begin, generate, scan
+from memloc_lens.data.search import Search, begin, digest_of, generate, is_local, scan
 from memloc_lens.runs.command_line import parser, run_command
+from memloc_lens.runs.folder import resuming
 from memloc_lens.runs.jobs import Engine, serial
+from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import decode
 
 
@@ -46,7 +46,7 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
     """Search the corpus, or what is left of it, and write `sequences.jsonl` and `report.json`.
 
     Args:
-        settings: of the run. They must equal those of an earlier run in the same folder.
+        settings: of the run. They must equal those of an earlier run in the same folder; the limit may be another.
         engine: runs the jobs.
 
     Returns:
@@ -56,8 +56,14 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
         ValueError: for settings, a corpus or a run folder that cannot be used, or a corpus that is too short or has
             changed since the run began.
     """
-    _check_files(settings)
-    search = begin(settings, engine)
+    with resuming(settings.out):
+        search = begin(settings, engine, documents=_check_files(settings))
+        with search.folder:
+            return _run(search)
+
+
+def _run(search: Search) -> Report:
+    settings = search.settings
     counts, accurate = scan(search)
     windows = generate(search, "greedy", accurate, _prompts(search, accurate))
     windows = [window for window in windows if window["distinct"] >= settings.min_distinct]
@@ -72,15 +78,19 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
     return _write(search, counts, windows)
 
 
-def _check_files(settings: FindSettings) -> None:
+def _check_files(settings: FindSettings) -> str:
     """Read the files of the corpus once, so that one that cannot be used is refused before any long work.
 
     With a limit only the first document of each source is read: the search may never reach the others.
+
+    Returns:
+        A hash of what was read.
     """
-    for source in settings.corpus:
-        if Path(source).expanduser().exists() or not is_hub_name(source):
-            for _ in islice(read_corpus([source], settings.names), 1 if settings.limit else None):
-                pass
+    return digest_of(
+        (document.source, document.category, document.content)
+        for source in filter(is_local, settings.corpus)
+        for document in islice(read_corpus([source], settings.names), 1 if settings.limit else None)
+    )
 
 
 def _is_close(settings: FindSettings, distance: int) -> bool:
@@ -149,13 +159,13 @@ def _row(search: Search, number: int, window: FoundWindow) -> FoundSequence:
 
 def show(settings: FindSettings, report: Report) -> None:
     """Print how many windows and sequences every step left."""
-    table = Table(title=f"{settings.model}: what is left after every step", title_justify="left")
+    table = Table(title=plain(f"{settings.model}: what is left after every step"), title_justify="left")
     table.add_column("")
     table.add_column("left", justify="right")
     for name, count in report["counts"].items():
         table.add_row(name, str(count))
     Console().print(table)
-    print(f"\nsequences: {settings.out / 'sequences.jsonl'}")
+    print(f"\nsequences: {visible(settings.out / 'sequences.jsonl')}")
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ stream.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,10 +18,13 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.data.corpus import Window, read_corpus, windows_of
 from memloc_lens.data.found import Counts, FindSettings, FoundWindow, Measured
+from memloc_lens.data.readers import is_hub_name
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
 from memloc_lens.products import fast_products
+from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs
+from memloc_lens.runs.records import lacks
 from memloc_lens.runs.schema import Record
 from memloc_lens.sequence import MemorizedSequence, decode
 
@@ -29,8 +33,18 @@ Step = Literal["scan", "greedy", "shuffled", "foreign"]
 
 Item = TypeVar("Item")
 
-NOT_IDENTITY = ("out", "names")
-"""Settings that may differ between two runs in one folder; what `names` decides is compared batch by batch."""
+WINDOW = {"tokens": list, "source": str, "start": int, "category": list, "accuracy": int | float}
+"""What a record of the scan has of each window that passed."""
+
+MEASURED = {
+    "greedy": {"distance": int, "distinct": int},
+    "shuffled": {"shuffled_distance": int},
+    "foreign": {"foreign_distance": int},
+}
+"""What a record of another step has of each window."""
+
+NOT_IDENTITY = ("out", "names", "limit")
+"""Settings that may differ between two runs in one folder; the windows that they lead to are compared."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +62,13 @@ class Search:
         return run_jobs(make_worker, jobs, self.folder, self.engine, description, unit="batch")
 
 
-def begin(settings: FindSettings, engine: Engine) -> Search:
+def begin(settings: FindSettings, engine: Engine, documents: str) -> Search:
     """Load the model and open the folder of the run.
+
+    Args:
+        settings: of the run.
+        engine: runs the jobs.
+        documents: a hash of all local documents, which identifies the corpus of a search without a limit.
 
     Raises:
         ValueError: if the model cannot be loaded or read so many tokens, or the folder belongs to other settings.
@@ -61,8 +80,57 @@ def begin(settings: FindSettings, engine: Engine) -> Search:
             "shorten them"
         )
     own = {name: value for name, value in settings.as_json().items() if name not in NOT_IDENTITY}
-    folder = RunFolder(settings.out, {**own, "device": str(model.cfg.device)}, key=("step", "item"))
+    config = {
+        **own,
+        "device": str(model.cfg.device),
+        "weights": fingerprint(model),
+        "windows": {str(settings.limit): _first_windows(settings, model) if settings.limit else documents},
+    }
+    folder = RunFolder(settings.out, config, ("step", "tokens_sha256"), ("model",), _problem)
     return Search(settings, model, folder, engine)
+
+
+def _first_windows(settings: FindSettings, model: HookedTransformer) -> str:
+    """Return a hash of the local windows up to the limit.
+
+    It is taken before the search, so that a corpus which changes while a run is interrupted is noticed.
+    """
+    local = replace(settings, corpus=tuple(filter(is_local, settings.corpus)))
+    windows = islice(_distinct_windows(local, model, {"windows": 0}), settings.limit)
+    return digest_of((window.source, window.start, window.category, window.tokens) for window in windows)
+
+
+def digest_of(contents: Iterable[object]) -> str:
+    """Return a hash of what contents print as."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(repr(content).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def is_local(source: str) -> bool:
+    """Return whether a source of a corpus is a file or folder, and no data set on the hub."""
+    return Path(source).expanduser().exists() or not is_hub_name(source)
+
+
+def _problem(record: Record, config: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a record, None if nothing is."""
+    name, wanted = ("passed", WINDOW) if record["step"] == "scan" else ("values", MEASURED.get(record["step"], {}))
+    if not all_like(record.get(name), wanted):
+        return f"no whole record: its {name!r} is missing or damaged"
+    return lacks(record, ["accurate"] if record["step"] == "scan" else [], {})
+
+
+def all_like(rows: Any, wanted: Mapping[str, Any]) -> bool:
+    """Return whether rows all have the fields that are wanted, each of its type."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and row.keys() == wanted.keys()
+        and all(isinstance(row[name], kind) for name, kind in wanted.items())
+        and all(isinstance(token, int) for token in row.get("tokens", []))
+        and all(isinstance(subject, str) for subject in row.get("category", []))
+        for row in rows
+    )
 
 
 def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
@@ -88,18 +156,17 @@ def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
 
 def _scan_jobs(search: Search, counts: Counts) -> Iterator[Job]:
     """Read the corpus as it is needed, a job a batch of different windows."""
-    windows = islice(_distinct_windows(search, counts), search.settings.limit or None)
+    windows = islice(_distinct_windows(search.settings, search.model, counts), search.settings.limit or None)
     for index, batch in enumerate(_batched(windows, search.settings.batch)):
         counts["without exact duplicates"] += len(batch)
-        yield _job(search, "scan", index, batch)
+        yield Job((("scan", _digest(batch)),), Batch(index, batch))
 
 
-def _distinct_windows(search: Search, counts: Counts) -> Iterator[Window]:
+def _distinct_windows(settings: FindSettings, model: HookedTransformer, counts: Counts) -> Iterator[Window]:
     """Pass windows on, without exact duplicates, and count them all."""
-    settings = search.settings
     documents = read_corpus(settings.corpus, settings.names)
     seen: set[int] = set()
-    for window in windows_of(search.model, documents, settings.length, settings.stride or settings.length):
+    for window in windows_of(model, documents, settings.length, settings.stride or settings.length):
         counts["windows"] += 1
         fingerprint = hash(window.tokens)  # a few bytes a window: the corpus may be large
         if fingerprint not in seen:
@@ -135,24 +202,28 @@ class Attempt:
 def generate(search: Search, step: Step, windows: list[FoundWindow], prompts: list[list[int]]) -> list[FoundWindow]:
     """Generate the suffix of each window from a prompt; return the windows with how close it is."""
     attempts = [Attempt(window, prompt) for window, prompt in zip(windows, prompts, strict=True)]
-    batches = _batched(attempts, search.settings.batch)
-    jobs = [_job(search, step, index, batch) for index, batch in enumerate(batches)]
+    batches = enumerate(_batched(attempts, search.settings.batch))
+    jobs = [Job(((step, _digest(batch)),), Batch(index, batch)) for index, batch in batches]
     records = search.records(jobs, f"generating, {step}" if jobs else "")
     measured: list[Measured] = [values for record in records for values in record["values"]]
+    if len(measured) != len(windows):
+        raise ValueError(
+            f"{search.folder.path / 'records.jsonl'} has {len(measured)} results of step {step} for {len(windows)} "
+            "windows; remove the lines of the step to have them made again"
+        )
     return [{**window, **values} for window, values in zip(windows, measured, strict=True)]
 
 
-def _job(search: Search, step: Step, index: int, batch: Sequence[Window | Attempt]) -> Job:
-    """Return the job of a batch; if it has a record already, check that this was made of the same tokens."""
-    key = (step, index)
-    if key in search.folder and search.folder[key]["tokens_sha256"] != _digest(batch):
-        raise ValueError(
-            f"the corpus is not the one that the run in {search.settings.out} began with; choose another --out"
-        )
-    return Job((key,), batch)
+@dataclass(frozen=True)
+class Batch:
+    """Windows or attempts that run together, and their place among the batches of their step."""
+
+    item: int
+    content: Sequence[Window | Attempt]
 
 
 def _digest(batch: Sequence[Window | Attempt]) -> str:
+    """Return a hash of the tokens of a batch, which identifies its record: a longer search makes other batches."""
     return hashlib.sha256(repr([list(item.tokens) for item in batch]).encode()).hexdigest()[:16]
 
 
@@ -178,15 +249,16 @@ class MakeWorker:
 
 def _records(settings: FindSettings, model: HookedTransformer, job: Job) -> list[Record]:
     """Return the record of a batch."""
-    ((step, index),) = job.keys
-    record = {"step": step, "item": index, "tokens_sha256": _digest(job.content)}
+    ((step, tokens_sha256),) = job.keys
+    batch: Batch = job.content
+    record = {"step": step, "item": batch.item, "tokens_sha256": tokens_sha256}
     with fast_products(model.cfg.device):
         if step == "scan":
-            return [record | _scanned(settings, model, job.content)]
-        return [record | {"values": _generated(settings, model, step, job.content)}]
+            return [record | _scanned(settings, model, batch.content)]
+        return [record | {"values": _generated(settings, model, step, batch.content)}]
 
 
-def _scanned(settings: FindSettings, model: HookedTransformer, windows: list[Window]) -> Record:
+def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence[Any]) -> Record:
     """Predict windows teacher-forced; return how many are accurate, and those that have enough distinct tokens too."""
     sequences = [_sequence(settings, model, window) for window in windows]
     accuracies = suffix_accuracy(teacher_forced(model, sequences, settings.batch), sequences).tolist()
@@ -218,7 +290,7 @@ def _found(window: Window, accuracy: float) -> FoundWindow:
     }
 
 
-def _generated(settings: FindSettings, model: HookedTransformer, step: Step, attempts: list[Attempt]) -> list[Measured]:
+def _generated(settings: FindSettings, model: HookedTransformer, step: Step, attempts: Sequence[Any]) -> list[Measured]:
     """Generate the suffix of every attempt, and measure how close it is."""
     sequences = [MemorizedSequence(torch.tensor(attempt.tokens), settings.prompt) for attempt in attempts]
     suffixes = free_running(model, sequences, settings.batch)

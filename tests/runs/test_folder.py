@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memloc_lens.runs import folder as folder_module
-from memloc_lens.runs.folder import RunFolder, kept_scores, score_file, source
+from memloc_lens.runs.folder import RunFolder, source
+from memloc_lens.runs.scores import kept_scores, score_file
 
 ZERO_OUT = {"callable": "memloc_lens:ZeroOut", "first_layer": 1}
 CONFIG = {"model": "m", "ratios": (0.1,), "methods": {"zero-out": ZERO_OUT}}
