@@ -39,12 +39,14 @@ from memloc_lens.report.table import print_comparison
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
 from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
 from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
+from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, configured, name_of
 from memloc_lens.runs.records import KEY, foreign, lacks
 from memloc_lens.runs.schema import BEFORE, DeletionSummary, Published, Record
 from memloc_lens.runs.scores import kept_scores, origin, score_file
 from memloc_lens.runs.settings import RunSettings, batches_of, identities, open_folder
 from memloc_lens.runs.statistics import summarize
+from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 RATIOS: Mapping[str, tuple[float, ...]] = {"neuron": (0.001, 0.005), "head": (0.1, 0.2), "weight": (0.001, 0.005)}
@@ -321,6 +323,7 @@ class MakeWorker:
 
 def _before(material: Material, job: Job) -> Iterator[Record]:
     """Record the state before any ablation: every metric of each target, and the accuracy of all sequences."""
+    check_losses(material.model, material.targets, material.batch)
     predictions = free_running(material.model, material.targets, material.batch)
     state = State(material, matches(material.model, material.targets, predictions))
     for target in material.targets:
@@ -466,4 +469,4 @@ def show(settings: DeletionSettings, summary: DeletionSummary) -> None:
             if text
         ],
     )
-    print(f"\nrecords, scores and summary: {settings.out}")
+    print(f"\nrecords, scores and summary: {visible(settings.out)}")

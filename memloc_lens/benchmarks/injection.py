@@ -48,6 +48,7 @@ from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSumma
 from memloc_lens.runs.scores import kept_scores, origin, score_file
 from memloc_lens.runs.settings import RunSettings, open_folder
 from memloc_lens.runs.statistics import mean_interval, summarize
+from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence
 
 EMBEDDED_RATIOS, RATIOS = (0.01, 0.05), (0.01, 0.001)
@@ -437,7 +438,7 @@ def show(settings: InjectionSettings, summary: InjectionSummary | TuningSummary)
     """Print the table of a run, one block a ratio, or that of ``--tune``."""
     if summary["benchmark"] == "tuning":
         print_tuning(summary)
-        print(f"\nchosen settings: {settings.out / 'tuning' / 'tuned.toml'}")
+        print(f"\nchosen settings: {visible(settings.out / 'tuning' / 'tuned.toml')}")
         return
     injected = component_of(summary["component"]).plural
     print_comparison(
@@ -452,7 +453,7 @@ def show(settings: InjectionSettings, summary: InjectionSummary | TuningSummary)
             if injections["failed"]
         ],
     )
-    print(f"\nrecords, scores and summary: {settings.out}")
+    print(f"\nrecords, scores and summary: {visible(settings.out)}")
 
 
 def _title(summary: InjectionSummary, injected: str, ratio: str) -> str:

@@ -24,6 +24,7 @@ from memloc_lens.products import fast_products
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs
+from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.records import lacks
 from memloc_lens.runs.schema import Record
 from memloc_lens.sequence import MemorizedSequence, decode
@@ -254,13 +255,15 @@ def _records(settings: FindSettings, model: HookedTransformer, job: Job) -> list
     record = {"step": step, "item": batch.item, "tokens_sha256": tokens_sha256}
     with fast_products(model.cfg.device):
         if step == "scan":
-            return [record | _scanned(settings, model, batch.content)]
+            return [record | _scanned(settings, model, batch.content, first=batch.item == 0)]
         return [record | {"values": _generated(settings, model, step, batch.content)}]
 
 
-def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence[Any]) -> Record:
+def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence[Any], first: bool) -> Record:
     """Predict windows teacher-forced; return how many are accurate, and those that have enough distinct tokens too."""
     sequences = [_sequence(settings, model, window) for window in windows]
+    if first:
+        check_losses(model, sequences, settings.batch)
     accuracies = suffix_accuracy(teacher_forced(model, sequences, settings.batch), sequences).tolist()
     accurate = [
         _found(window, accuracy)
@@ -272,7 +275,7 @@ def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence
 
 
 def _sequence(settings: FindSettings, model: HookedTransformer, window: Window) -> MemorizedSequence:
-    sequence = MemorizedSequence(torch.tensor(window.tokens), settings.prompt)
+    sequence = MemorizedSequence(torch.tensor(window.tokens), settings.prompt, window.source)
     try:
         sequence.check_fits(model)
     except ValueError as error:

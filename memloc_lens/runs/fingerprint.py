@@ -51,7 +51,7 @@ def _hash(name: str, parameter: Tensor) -> str:
                 f"the model's {name} has {count} values that are NaN or infinite; load intact weights, or take a dtype "
                 "with a wider range"
             )
-        digest.update(chunk.cpu().view(torch.uint8).numpy())
+        digest.update(chunk.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

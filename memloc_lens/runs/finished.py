@@ -101,9 +101,12 @@ def read_run(folder: Path, benchmark: str) -> FinishedRun:
         raise ValueError(f"{folder} is a run of {visible(summary.get('benchmark'))}; give one of {benchmark}")
     methods = summary.get("methods")
     if not isinstance(methods, dict) or not all(isinstance(cells, dict) for cells in methods.values()):
-        raise ValueError(f"{folder / 'summary.json'} cannot be read: it has no methods; repeat the run to write it again")
+        raise ValueError(
+            f"{folder / 'summary.json'} cannot be read: it has no methods; repeat the run to write it again"
+        )
     summarized = {(method, ratio) for method, cells in methods.items() for ratio in cells}
-    known = [id for id, _ in config.get("sequences", [])][: summary.get("sequences")]
+    count = summary.get("sequences")
+    known = [id for id, _ in config.get("sequences", [])][: count if isinstance(count, int) else None]
     return FinishedRun(
         folder,
         config,
@@ -111,7 +114,6 @@ def read_run(folder: Path, benchmark: str) -> FinishedRun:
         [
             record
             for record in records
-            if (record["method"], str(record["ratio"])) in summarized
-            and (not known or record["sequence"] in known)
+            if (record["method"], str(record["ratio"])) in summarized and (not known or record["sequence"] in known)
         ],
     )

@@ -269,7 +269,9 @@ def _check_same(path: Path, earlier: dict[str, Any], config: dict[str, Any], fre
         for name in sorted(there.keys() & here.keys()):
             label = table if table in SENTENCES else name
             differing += _differences({label: there[name]}, {label: here[name]})
-    for number, (there, here) in enumerate(zip(earlier.get("sequences", []), config.get("sequences", []), strict=False), 1):
+    for number, (there, here) in enumerate(
+        zip(earlier.get("sequences", []), config.get("sequences", []), strict=False), 1
+    ):
         if there != here:
             differing.append(f"sequence {number} is {there!r} there and {here!r} here")
             break
