@@ -26,7 +26,8 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise ValueError(
                 f"the disk of {path} is full; what was recorded is kept: free some space and run the same command again"
             ) from error
-        where = error.filename if error.filename not in (None, str(path)) else ""
+        where = error.filename2 or error.filename
+        where = "" if where is None or str(where) == str(path) else where
         reason = ": ".join(map(str, filter(None, (where, error.strerror or error))))
         raise ValueError(f"the run folder {path} cannot be written: {reason}") from error
     except SafetensorError as error:

@@ -1,5 +1,6 @@
 """Read a finished run: the one reader of agreement, specificity and whatever else looks at run folders."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,9 @@ from typing import Any
 import torch
 
 from memloc_lens.runs.folder import read_config
-from memloc_lens.runs.records import read_records, read_table
+from memloc_lens.runs.records import broken_seal, read_records, read_table
 from memloc_lens.runs.schema import Record
 from memloc_lens.runs.scores import read_scores, score_file
-from memloc_lens.runs.visible import visible
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,34 @@ def read_run(folder: Path, benchmark: str) -> FinishedRun:
     try:
         config = read_config(folder) or {}
         summary = read_table(folder / "summary.json")
-        records = read_records(folder / "records.jsonl")
+        is_summarized = _summarized(folder, config, summary, benchmark)
+        records = read_records(
+            folder / "records.jsonl", problem=lambda record: broken_seal(record) if is_summarized(record) else None
+        )
     except OSError as error:
         raise ValueError(f"{folder} holds no finished run: {error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
+    return FinishedRun(folder, config, summary, list(filter(is_summarized, records)))
+
+
+def _summarized(
+    folder: Path, config: dict[str, Any], summary: dict[str, Any], benchmark: str
+) -> Callable[[Record], bool]:
+    """Return a function that tells whether a record is of the methods, ratios and sequences of the summary.
+
+    Raises:
+        ValueError: if the summary is of another benchmark, or damaged.
+    """
     if summary.get("benchmark") != benchmark:
-        raise ValueError(f"{folder} is a run of {visible(summary.get('benchmark'))}; give one of {benchmark}")
-    methods = summary.get("methods")
+        raise ValueError(f"{folder} is a run of {summary.get('benchmark')}; give one of {benchmark}")
+    methods, count = summary.get("methods"), summary.get("sequences")
     if not isinstance(methods, dict) or not all(isinstance(cells, dict) for cells in methods.values()):
-        raise ValueError(
-            f"{folder / 'summary.json'} cannot be read: it has no methods; repeat the run to write it again"
-        )
-    summarized = {(method, ratio) for method, cells in methods.items() for ratio in cells}
-    count = summary.get("sequences")
-    known = [id for id, _ in config.get("sequences", [])][: count if isinstance(count, int) else None]
-    return FinishedRun(
-        folder,
-        config,
-        summary,
-        [
-            record
-            for record in records
-            if (record["method"], str(record["ratio"])) in summarized and (not known or record["sequence"] in known)
-        ],
-    )
+        raise ValueError(f"{folder / 'summary.json'} has no methods; repeat the run to write it again")
+    known = {id for id, _ in config.get("sequences", [])[: count if isinstance(count, int) else None]}
+
+    def is_summarized(record: Record) -> bool:
+        ratios = methods.get(record["method"], {})
+        return str(record["ratio"]) in ratios and (not known or record["sequence"] in known)
+
+    return is_summarized

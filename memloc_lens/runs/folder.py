@@ -20,7 +20,7 @@ import torch
 from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.jobs import InMemory
 from memloc_lens.runs.lock import lock
-from memloc_lens.runs.records import KEY, Problem, read_records, read_table, why_unusable
+from memloc_lens.runs.records import KEY, SEAL, Problem, broken_seal, read_records, read_table, sealed, why_unusable
 from memloc_lens.runs.schema import Record, Summary
 
 TABLES = ("methods", "windows")
@@ -106,7 +106,7 @@ class RunFolder(InMemory):
             where = ", ".join(f"{name} {record.get(name)}" for name in self._fields)
             raise ValueError(f"{where}: {wrong}; the model or its precision cannot be measured there")
         with disk_errors(self.path), self._records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(sealed(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
@@ -144,9 +144,12 @@ class RunFolder(InMemory):
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
             write_whole(self._records, lambda part: part.write_bytes(whole))
-        return read_records(
-            self._records, self._fields, lambda record: problem(record, self.config) if problem else None
+        records = read_records(
+            self._records,
+            self._fields,
+            lambda record: (problem and problem(record, self.config)) or broken_seal(record),
         )
+        return [{name: value for name, value in record.items() if name != SEAL} for record in records]
 
 
 def read_config(path: Path) -> dict[str, Any] | None:

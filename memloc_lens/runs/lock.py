@@ -8,7 +8,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-PATIENCE = 1.0  # seconds: the first process may be about to end, or to write who it is
+PATIENCE = 0.25  # seconds: the first process may be about to end, or to write who it is
 
 
 def lock(folder: Path) -> BaseFileLock:

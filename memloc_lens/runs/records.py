@@ -2,6 +2,7 @@
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from memloc_lens.runs.schema import Record
 
 KEY = ("sequence", "method", "ratio")
 """The fields that identify a record of a benchmark; all others of it are numbers, or numbers by id."""
+
+SEAL = "crc32"
+"""The field of a record with its checksum."""
 
 Problem = Callable[[Record, Mapping[str, Any]], str | None]
 """Tells what is wrong with a record of a run with a configuration, if anything."""
@@ -89,6 +93,22 @@ def untimed(record: Record) -> Record:
     return {name: value for name, value in record.items() if not name.endswith("_seconds")}
 
 
+def sealed(record: Record) -> Record:
+    """Return a record with a checksum of all but its seconds, so that a value that changed on the disk is noticed."""
+    return record | {SEAL: _checksum(record)}
+
+
+def broken_seal(record: Record) -> str | None:
+    """Return what is wrong if a record has a checksum, and it is not that of the record."""
+    if SEAL not in record or record[SEAL] == _checksum({name: record[name] for name in record if name != SEAL}):
+        return None
+    return "its values are not those that were written"
+
+
+def _checksum(record: Record) -> int:
+    return zlib.crc32(json.dumps(untimed(record)).encode())
+
+
 def foreign(record: Record, config: Mapping[str, Any]) -> str | None:
     """Return which method or ratio of a record its run does not have; None if it has both."""
     if record["method"] not in config["methods"]:
@@ -112,7 +132,7 @@ def lacks(record: Record, numbers: Sequence[str], tables: dict[str, Sequence[str
 def _parsed(line: bytes) -> Any:
     """Return what a line of JSON holds, None if it is not JSON."""
     try:
-        return json.loads(line)
+        return json.loads(line.decode())
     except (ValueError, RecursionError):
         return None
 
