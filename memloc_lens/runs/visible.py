@@ -8,7 +8,7 @@ from rich.text import Text
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Categories of control and format characters, halves of characters, and separators of lines and paragraphs."""
 
-MARKDOWN = re.compile(r"([\\`*_\[\]~])")
+MARKDOWN = re.compile(r"([\\`*_\[\]])")
 
 
 def visible(text: object, keep: str = "") -> str:
@@ -42,5 +42,5 @@ def markdown(text: object) -> str:
         >>> print(markdown("<b> *x* [y]"))
         &lt;b&gt; \*x\* \[y\]
     """
-    escaped = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    escaped = visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("~", "&#126;")
     return MARKDOWN.sub(r"\\\1", escaped)

@@ -156,3 +156,11 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         RunFolder(tmp_path / "file" / "run", CONFIG)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "x", [1.0], {"a": float("nan")}])
+def test_a_value_that_is_no_finite_number_is_not_recorded(tmp_path, value):
+    folder = RunFolder(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"sequence a, method zero-out, ratio 0\.1: self_acc is .*, where a finite"):
+        folder.append(RECORD | {"self_acc": value})
+    assert not (tmp_path / "records.jsonl").exists()

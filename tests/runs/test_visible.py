@@ -1,3 +1,6 @@
+import html
+import re
+
 import markdown as python_markdown
 import pytest
 from rich.console import Console
@@ -34,8 +37,5 @@ def test_a_table_shows_text_as_it_is_written(text, capsys):
 
 @pytest.mark.parametrize("text", [*HOSTILE, *CONTROL])
 def test_markdown_shows_text_as_it_is_written(text):
-    import html
-    import re
-
     page = python_markdown.markdown(f"model {markdown(text)}.", extensions=["tables"])
     assert html.unescape(re.fullmatch(r"<p>model (.*)\.</p>", page, re.DOTALL)[1]) == visible(text)
