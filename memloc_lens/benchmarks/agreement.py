@@ -157,20 +157,15 @@ def compare(settings: AgreementSettings, engine: Engine = serial) -> Agreement:
 
 
 def _check_same_model(deletion: FinishedRun, injection: FinishedRun) -> None:
-    """Refuse runs of two models: by the fingerprints of their weights, or their names where old runs have none."""
-    weights = [run.config.get("weights") for run in (deletion, injection)]
+    """Refuse runs of two models: by the fingerprints of their weights, or by their names where old runs have none."""
     names = [run.summary.get("model") for run in (deletion, injection)]
-    kinds = [run.summary.get("component") for run in (deletion, injection)]
-    if None not in weights and weights[0] != weights[1]:
+    weights = [run.config.get("weights") for run in (deletion, injection)]
+    one, other = names if None in weights else weights
+    if None not in (one, other) and one != other:
         raise ValueError(
             f"{deletion.path} and {injection.path} are runs of two models, {names[0]} and {names[1]}, whose weights "
-            "differ; give two of one model"
+            "or precision differ; give two of one model"
         )
-    for what, pair in (("model", names), ("component", kinds)):
-        if None in weights and None not in pair and pair[0] != pair[1]:
-            raise ValueError(
-                f"{deletion.path} is a run of the {what} {pair[0]} and {injection.path} of {pair[1]}; give two of one"
-            )
 
 
 def _agreement(rankings: list[Ranking], methods: list[str], seed: int) -> Agreement:

@@ -224,7 +224,7 @@ def _located(run: FinishedRun, method: str, ratio: float, targets: int) -> list[
     dropped = DeletionSettings(**{name: run.config[name] for name in names})
     batches = batches_of(run.config.get("extents", [targets]), localized_at_once(dropped.component, dropped.batch))
     found = []
-    for start, stop in batches:
+    for start, stop in (batch for batch in batches if batch[0] < targets):
         of = origin(run.config, method, start, stop) if "weights" in run.config else None
         found += [located(dropped, scores, ratio) for scores in run.scores(method, start, of=of)["scores"]]
     return found[:targets]

@@ -176,7 +176,7 @@ def test_runs_of_two_models_are_not_compared(del_of_two, inj_of_one, loaded_once
         compare(runs)
     retrained(loaded_once)
     injection.run(replace(inj_of_one, out=tmp_path / "other"))
-    with pytest.raises(ValueError, match=r"are runs of two models, .* whose weights differ; give two of one model"):
+    with pytest.raises(ValueError, match=r"are runs of two models, .* whose weights or precision differ; give"):
         compare(replace(runs, run_inj=tmp_path / "other"))
 
 
