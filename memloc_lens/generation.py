@@ -1,6 +1,7 @@
 """Greedy generation of suffixes, under any ablation that is open."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
@@ -13,6 +14,17 @@ from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_lengt
 
 Predictions = list[Int[Tensor, " suffix"]]
 """For each sequence the suffix that the model predicts, on the CPU."""
+
+
+@contextmanager
+def same_modes(model: HookedTransformer) -> Iterator[None]:
+    """Restore on leaving which modules are in training mode: `model.generate` leaves evaluation mode behind."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @torch.no_grad()
@@ -31,15 +43,16 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
     sequences = check_sequences(model, sequences)
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
     for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
-        generated = model.generate(
-            group.tokens[:, : group.prompt_len].to(model.cfg.device),
-            max_new_tokens=group.suffix_len,
-            do_sample=False,
-            stop_at_eos=False,
-            use_past_kv_cache=generates_with_cache(model),
-            prepend_bos=False,
-            verbose=False,
-        )
+        with same_modes(model):
+            generated = model.generate(
+                group.tokens[:, : group.prompt_len].to(model.cfg.device),
+                max_new_tokens=group.suffix_len,
+                do_sample=False,
+                stop_at_eos=False,
+                use_past_kv_cache=generates_with_cache(model),
+                prepend_bos=False,
+                verbose=False,
+            )
         for index, predicted in zip(indices, generated[:, group.prompt_len :].cpu(), strict=True):
             predictions[index] = predicted
     return predictions

@@ -13,6 +13,7 @@ optimizer state are as small as the ground truth, whatever the size of the model
 one run once.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def inject(
         component: kind of the ground truth: "neuron", or "weight" for single weights of `W_out`.
 
     Raises:
-        ValueError: if the ratio takes no component, the model cannot read the sequence, or a setting is out of range.
+        ValueError: if the ratio takes no component, the model cannot read the sequence, a setting is out of range, or
+            the loss becomes NaN or infinite.
 
     Example:
         >>> with inject(model, sequence, ratio=0.01) as injected:
@@ -110,7 +112,10 @@ def inject(
     check_sequences(model, [sequence])
     whole = Batch(sequence.tokens[None].to(model.cfg.device), prompt_len=1)
     gold = _draw(model, component_of(component), ratio, seed)
-    change, steps = _train(model, whole, gold, lr, max_steps, target_loss, keep_norms)
+    try:
+        change, steps = _train(model, whole, gold, lr, max_steps, target_loss, keep_norms)
+    except FloatingPointError as error:
+        raise ValueError(f"injection of {sequence.id!r} at the ratio {ratio:g}: {error}; lower lr") from error
     before = [block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]
     try:
         norm_change = torch.zeros(gold.shape, device=change.device)
@@ -179,6 +184,8 @@ def _train(
             with torch.enable_grad(), _changed(model, change(), gold):
                 residual = run_layers(model, before, first, whole.prompt_len)
                 loss = target_loss(model, residual, whole).sum()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the loss is {loss.item()} at step {step}")
             if loss.item() < wanted:
                 return change().detach(), step
             optimizer.zero_grad()

@@ -161,11 +161,12 @@ def keys_of(records: Iterable[dict]) -> list[tuple]:
 
 @pytest.fixture(scope="session")
 def recited(tmp_path_factory) -> Path:
-    """A folder with a small random `model` without a tokenizer, and sequences in `data.jsonl`.
+    """A folder with a small random `model` without a tokenizer, and sequences in `data.jsonl`."""
+    return make_recited(tmp_path_factory.mktemp("recited"))
 
-    Six are recited by the model, greedily, to their ends; two are controls that it does not know.
-    """
-    path = tmp_path_factory.mktemp("recited")
+
+def make_recited(path: Path) -> Path:
+    """Write a small random `model`, and eight sequences: it recites six, greedily, to their ends; two are controls."""
     original = make_original("gpt2")
     original.save_pretrained(path / "model")
     tokens = torch.randint(VOCAB, (8, 14), generator=torch.Generator().manual_seed(0))

@@ -12,6 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import make_original
 from memloc_lens import MemorizedSequence, load_definitions, load_model, load_sequences
+from memloc_lens.benchmarks import deletion, injection
+from memloc_lens.benchmarks.deletion import DeletionSettings
+from memloc_lens.benchmarks.injection import InjectionSettings
+from memloc_lens.data import find
+from memloc_lens.data.found import FindSettings
 from memloc_lens.metrics import row_losses, text_rows
 
 TOKENS = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "c": 4, "ab": 5}
@@ -108,3 +113,50 @@ def test_the_token_is_never_a_target(model):
     log_probs = model(rows, return_type="logits").log_softmax(-1)[:, :-1]
     expected = -log_probs.gather(2, rows[:, 1:, None])[..., 0].mean(dim=1)
     assert torch.allclose(row_losses(model, rows).float(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bos", [None, True, False])
+def test_what_is_found_can_be_loaded(model, first, tmp_path, bos):
+    """The tokens of a found sequence are those that the model read; its text is that of the corpus."""
+    (tmp_path / "corpus.txt").write_text("abcabbcacabcab" * 3)
+    settings = FindSettings(
+        corpus=(str(tmp_path / "corpus.txt"),), model=model.cfg.model_name, out=tmp_path / "out", prompt=3, suffix=4,
+        min_accuracy=0, max_distance=-1, min_distinct=1, near_duplicate=1, dev=0, device="cpu", bos=bos,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FindSettings, "load_model", lambda settings: model)
+        find.run(settings)
+    before = {None: first, True: [0], False: []}[bos]
+    rows = [json.loads(line) for line in (tmp_path / "out" / "sequences.jsonl").read_text().splitlines()]
+    assert rows
+    for row in rows:
+        assert row["tokens"][: len(before)] == before
+        assert row["prompt_len"] == 3 + len(before)
+        assert model.tokenizer(row["all"], add_special_tokens=False)["input_ids"] == row["tokens"][len(before) :]
+        assert model.tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] == row["tokens"][len(before) :][:3]
+    loaded = [
+        s for split in ("test", "guessable") for s in load_sequences(model, tmp_path / "out" / "sequences.jsonl", split)
+    ]
+    assert sorted(sequence.tokens.tolist() for sequence in loaded) == sorted(row["tokens"] for row in rows)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["begins_with_bos"] == bool(before)
+
+
+def test_runs_record_and_use_it(tmp_path):
+    """Of a folder whose tokenizer puts the token before texts."""
+    folder = save_folder(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text(
+        "".join(json.dumps({"id": text, "all": text, "prompt_len": 1}) + "\n" for text in (TEXT, "bcab", "cabc"))
+    )
+    (tmp_path / "held_out.txt").write_text(TEXT * 20)
+    shared = dict(
+        model=str(folder), data=tmp_path / "data.jsonl", device="cpu", methods=("activations",), ratios=(0.1,)
+    )
+    for bos, length in ((None, 4), (False, 3)):
+        settings = DeletionSettings(
+            **shared, out=tmp_path / f"del{bos}", bos=bos, text=tmp_path / "held_out.txt", text_tokens=32
+        )
+        material = deletion.load_material(settings)
+        assert {len(sequence.tokens) for sequence in material.targets} <= {length, length + 1}
+        assert (material.text[:, 0] == 0).all() == (bos is None)
+        texts = injection.load_material(InjectionSettings(**shared, out=tmp_path / f"inj{bos}", bos=bos)).texts
+        assert [text.prompt_len for text in texts] == [1 + (bos is None)] * 3

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import assert_same_state, random_sequence, state_of
-from memloc_lens import COMPONENTS, MemorizedSequence, inject, load_definitions
+from memloc_lens import COMPONENTS, MemorizedSequence, inject, injection, load_definitions
 from memloc_lens.metrics import free_running, suffix_accuracy
 
 
@@ -197,3 +197,18 @@ def test_rare_weights_leave_layers_without_any(gpt2, sequence):
 def test_bad_input(gpt2, sequence, change, message):
     with pytest.raises(ValueError, match=message), inject(gpt2, **({"sequence": sequence} | change)):
         pass
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_with_its_step(gpt2, sequence, monkeypatch, value):
+    measured, calls = injection.target_loss, []
+
+    def losing(*arguments):
+        calls.append(1)
+        return measured(*arguments) + (value if len(calls) > 2 else 0)
+
+    monkeypatch.setattr(injection, "target_loss", losing)
+    before = state_of(gpt2)
+    with pytest.raises(ValueError, match=rf"injection of 'random-0' at the ratio 0\.1: the loss is {value} at step 2"):
+        inject(gpt2, sequence, ratio=0.1).__enter__()
+    assert_same_state(before, state_of(gpt2))

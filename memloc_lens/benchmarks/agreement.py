@@ -23,8 +23,8 @@ import tyro
 from jaxtyping import Float
 from numpy import ndarray
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from scipy.stats import kendalltau, permutation_test, spearmanr
 
 from memloc_lens.checks import check_number
@@ -32,6 +32,7 @@ from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
 from memloc_lens.runs.schema import Record
+from memloc_lens.runs.visible import plain
 
 LEVEL = 0.05
 RESAMPLES = 9999
@@ -133,6 +134,7 @@ def compare(settings: AgreementSettings, engine: Engine = serial) -> Agreement:
         ValueError: if a folder holds no such run, lacks the ratio, or the runs share fewer than three methods.
     """
     deletion, injection = read_run(settings.run_del, "del"), read_run(settings.run_inj, "inj")
+    _check_same_model(deletion, injection)
     at_del = deletion.check_ratio(settings.del_ratio, max(deletion.ratios, default=None))
     at_inj = injection.check_ratio(settings.inj_ratio, min(injection.ratios, default=None))
     methods = [
@@ -152,6 +154,18 @@ def compare(settings: AgreementSettings, engine: Engine = serial) -> Agreement:
 
     (record,) = run_jobs(lambda: worker, [Job((("del, inj",),))], InMemory("benchmarks"), engine)
     return record["agreement"]
+
+
+def _check_same_model(deletion: FinishedRun, injection: FinishedRun) -> None:
+    """Refuse runs of two models: by the fingerprints of their weights, or by their names where old runs have none."""
+    names = [run.summary.get("model") for run in (deletion, injection)]
+    weights = [run.config.get("weights") for run in (deletion, injection)]
+    one, other = names if None in weights else weights
+    if None not in (one, other) and one != other:
+        raise ValueError(
+            f"{deletion.path} and {injection.path} are runs of two models, {names[0]} and {names[1]}, whose weights "
+            "or precision differ; give two of one model"
+        )
 
 
 def _agreement(rankings: list[Ranking], methods: list[str], seed: int) -> Agreement:
@@ -189,7 +203,7 @@ def print_agreement(result: Agreement, console: Console | None = None) -> None:
     for heading in ("method", first, "rank", second, "rank"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for method, cells in result["methods"].items():
-        row = [escape(method)]
+        row: list[str | Text] = [plain(method)]
         for cell in cells:
             sure = cell["p"] is not None and cell["p"] < LEVEL
             row += [f"{cell['mean']:.1f}", f"{cell['rank']}{'*' if sure else ' '}"]
@@ -206,6 +220,12 @@ def _matrix(run: FinishedRun, ratio: float, methods: list[str], metric: str) -> 
     """Return a metric of the methods on the sequences that all of them have."""
     records = [run.at(method, ratio) for method in methods]
     shared = [sequence for sequence in records[0] if all(sequence in of_method for of_method in records)]
+    if not shared:
+        raise ValueError(f"the methods of {run.path} share no sequence at the ratio {ratio}; run them on the same ones")
+    for method, of_method in zip(methods, records, strict=True):
+        for sequence in shared:
+            if not isinstance(of_method[sequence].get(metric), int | float):
+                raise ValueError(f"{run.path} has no {metric} of {method} for {sequence}; run it again in a new folder")
     return np.array([[of_method[sequence][metric] for sequence in shared] for of_method in records], dtype=float)
 
 

@@ -13,7 +13,7 @@ A good localizer lowers self accuracy and nothing else.
 
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from transformer_lens import HookedTransformer
 from memloc_lens.ablation import Ablation, ablate, mean_activations
 from memloc_lens.benchmarks.measurement import METRICS, Match, Material, State, matches, measure, text_interval
 from memloc_lens.checks import check_choice, check_first_layer, check_number
-from memloc_lens.components import ComponentSet, Scope, component_of, count_of, top_components
+from memloc_lens.components import ComponentName, ComponentSet, Scope, component_of, count_of, top_components
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import free_running
@@ -37,12 +37,16 @@ from memloc_lens.models import EMBEDDED
 from memloc_lens.products import fast_products
 from memloc_lens.report.table import print_comparison
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
-from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
+from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
 from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
+from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, configured, name_of
-from memloc_lens.runs.schema import BEFORE, DeletionSummary, Record
-from memloc_lens.runs.settings import RunSettings, open_folder
+from memloc_lens.runs.records import KEY, foreign, lacks
+from memloc_lens.runs.schema import BEFORE, DeletionSummary, Published, Record
+from memloc_lens.runs.scores import kept_scores, origin, score_file
+from memloc_lens.runs.settings import RunSettings, batches_of, identities, open_folder
 from memloc_lens.runs.statistics import summarize
+from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 RATIOS: Mapping[str, tuple[float, ...]] = {"neuron": (0.001, 0.005), "head": (0.1, 0.2), "weight": (0.001, 0.005)}
@@ -73,6 +77,8 @@ class DeletionSettings(RunSettings):
         scope: Take the share of every layer, or of all layers together.
         ablation: Set dropped activations to zero, to their mean over the perplexity text, or halve them.
         seed: Seed of the draws of negatives and controls.
+        bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
+            model's tokenizer is configured to do.
         batch: Number of sequences that are localized or evaluated at a time.
     """
 
@@ -143,13 +149,27 @@ def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
         >>> summary = run(settings)
     """
     figures = published(settings.config)
-    material = load_material(settings)
-    settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
-    check_ratios(settings, material.model)
-    jobs = _jobs(settings, material)
+    with resuming(settings.out):
+        material = load_material(settings)
+        settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
+        check_ratios(settings, material.model)
+        with _open_folder(settings, material) as folder:
+            return _run_in(folder, settings, material, figures, engine)
+
+
+def _open_folder(settings: DeletionSettings, material: Material) -> RunFolder:
+    text = [] if material.text is None else material.text.tolist()
+    others = [*identities(material.others), *identities(material.controls), *text]
     records = len(material.targets) * len(settings.localizers())
-    content = [] if material.text is None else material.text.tolist()
-    folder = open_folder(settings, material.model, material.targets + material.others, content, records)
+    problem = RecordCheck(settings, [sequence.id for sequence in material.others])
+    return open_folder(settings, material.model, material.targets, others, records, problem)
+
+
+def _run_in(
+    folder: RunFolder, settings: DeletionSettings, material: Material, figures: Published, engine: Engine
+) -> DeletionSummary:
+    """Make the records that the folder lacks, and summarize them."""
+    jobs = _jobs(settings, material, folder.config["extents"])
     with settings.memory_budget(material.model), fast_products(material.model.cfg.device):
         make_worker = MakeWorker(settings, material=material)
         keys = tuple((target.id, BEFORE, 0.0) for target in material.targets)
@@ -211,12 +231,13 @@ def load_material(settings: DeletionSettings) -> Material:
     """
     model = settings.load_model()
     check_first_layer(settings.first_layer, model.cfg.n_layers)
-    memorized = load_sequences(model, settings.data, prompt_len=settings.prompt_len)
-    controls = load_sequences(model, settings.data, split="control", prompt_len=settings.prompt_len)
+    load = partial(load_sequences, model, settings.data, prompt_len=settings.prompt_len, bos=settings.bos)
+    memorized, controls = load(), load("control")
     _check_ids(memorized + controls, settings.data)
     text = means = None
     if model.tokenizer is not None:
-        text = text_rows(model, load_texts(settings.text or EMBEDDED / "held_out.jsonl"), settings.text_tokens)
+        texts = load_texts(settings.text or EMBEDDED / "held_out.jsonl")
+        text = text_rows(model, texts, settings.text_tokens, bos=settings.bos)
     if settings.ablation == "mean" and text is not None:
         rows = [MemorizedSequence(row, 1) for row in text]
         means = mean_activations(model, rows, component_of(settings.component))
@@ -226,6 +247,7 @@ def load_material(settings: DeletionSettings) -> Material:
         )
     return Material(
         model,
+        memorized,
         targets=memorized[: settings.limit or None],
         others=_draw(memorized, settings.negatives, settings.seed),
         controls=_draw(controls, settings.controls, settings.seed),
@@ -250,27 +272,27 @@ def _draw(sequences: list[MemorizedSequence], count: int, seed: int) -> list[Mem
 
 @dataclass(frozen=True)
 class Batched:
-    """A method and the targets that it localizes side by side, as their indices from `start` on."""
+    """A method and the sequences that it localizes side by side, by their indices from `start` to before `stop`."""
 
     method: str
     start: int
-    targets: int
+    stop: int
 
 
-def _jobs(settings: DeletionSettings, material: Material) -> list[Job]:
-    """Return a job for each method and batch of targets.
+def localized_at_once(component: ComponentName, batch: int) -> int:
+    """Return how many targets are localized at a time: scores of single weights would be large."""
+    return 1 if component == "weight" else batch
 
-    Batches are the same in every run, so that a resumed run gets the scores it would have had. A batch of scores of
-    single weights would be large.
-    """
-    size = 1 if settings.component == "weight" else settings.batch
+
+def _jobs(settings: DeletionSettings, material: Material, extents: Sequence[int]) -> list[Job]:
+    """Return a job for each method and batch of targets, with the keys of those that this run is about."""
     jobs = []
-    for start in range(0, len(material.targets), size):
-        targets = material.targets[start : start + size]
-        for localizer in settings.localizers():
+    for start, stop in batches_of(extents, localized_at_once(settings.component, settings.batch)):
+        targets = material.targets[start:stop]
+        for localizer in settings.localizers() if targets else ():
             method = name_of(localizer)
             keys = tuple((target.id, method, ratio) for target in targets for ratio in settings.ratios)
-            jobs.append(Job(keys, Batched(method, start, len(targets))))
+            jobs.append(Job(keys, Batched(method, start, stop)))
     return jobs
 
 
@@ -293,17 +315,22 @@ class MakeWorker:
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
-        material = self.material or load_material(self.settings)
-        before = {record["sequence"]: record for record in self.before}
-        worker = partial(_measured, self.settings, material, before) if before else partial(_before, material)
         if self.material:
-            return worker
-        model = material.model
-        return kept_open(worker, self.settings.memory_budget(model), fast_products(model.cfg.device))
+            return self._worker(self.material)
+        with same_threads(config := read_config(self.settings.out) or {}):
+            material = load_material(self.settings)
+        model, worker = material.model, self._worker(material)
+        budget = self.settings.memory_budget(model)
+        return kept_open(worker, same_threads(config), budget, fast_products(model.cfg.device))
+
+    def _worker(self, material: Material) -> Worker:
+        before = {record["sequence"]: record for record in self.before}
+        return partial(_measured, self.settings, material, before) if before else partial(_before, material)
 
 
 def _before(material: Material, job: Job) -> Iterator[Record]:
     """Record the state before any ablation: every metric of each target, and the accuracy of all sequences."""
+    check_losses(material.model, material.targets, material.batch)
     predictions = free_running(material.model, material.targets, material.batch)
     state = State(material, matches(material.model, material.targets, predictions))
     for target in material.targets:
@@ -316,6 +343,32 @@ def _before(material: Material, job: Job) -> Iterator[Record]:
                 **measure(state, target),
                 "accuracies": memorized,
             }
+
+
+SECONDS = ("localize_seconds", "evaluate_seconds")
+
+
+class RecordCheck:
+    """Tell what a record of DEL lacks: those of the state before have the accuracies of all sequences, and those of a
+    method all metrics that the state before has.
+
+    Args:
+        settings: of the run.
+        others: ids of the sequences that damage is measured on.
+    """
+
+    def __init__(self, settings: DeletionSettings, others: list[str]) -> None:
+        self._count, self._others = case_count(settings), others
+        self._metrics: dict[str, list[str]] = {}
+
+    def __call__(self, record: Record, config: Mapping[str, Any]) -> str | None:
+        """Return what is wrong with a record of a run with a configuration, None if nothing is."""
+        ids = [record["sequence"], *self._others]
+        if record["method"] == BEFORE:
+            self._metrics[record["sequence"]] = [name for name in record if name not in (*KEY, "accuracies")]
+            return lacks(record, ["self_acc", "self_free_acc"], {"accuracies": ids})
+        metrics = self._metrics.get(record["sequence"], [])
+        return foreign(record, config) or lacks(record, [self._count, *metrics, *SECONDS], {"acc_changes": ids})
 
 
 @dataclass(frozen=True)
@@ -332,7 +385,7 @@ class Case:
 def _measured(settings: DeletionSettings, material: Material, before: dict[str, Record], job: Job) -> Iterator[Record]:
     """Localize a batch of targets with a method, and measure each target at each ratio that is missing."""
     batched: Batched = job.content
-    targets = material.targets[batched.start : batched.start + batched.targets]
+    targets = material.memorized[batched.start : batched.stop]
     localizer = next(method for method in settings.localizers() if name_of(method) == batched.method)
 
     def compute() -> dict[str, Tensor]:
@@ -340,7 +393,8 @@ def _measured(settings: DeletionSettings, material: Material, before: dict[str, 
         scores = checked_scores(localizer, material.model, targets, component_of(settings.component))
         return {"scores": scores, "seconds_each": torch.tensor((time.perf_counter() - started) / len(targets))}
 
-    kept = kept_scores(score_file(settings.out, batched.method, batched.start), compute)
+    of = origin(read_config(settings.out) or {}, batched.method, batched.start, batched.stop)
+    kept = kept_scores(score_file(settings.out, batched.method, batched.start), compute, of)
     seconds = round(kept["seconds_each"].item(), 3)
     cases = [
         Case(target, batched.method, ratio, located(settings, scores, ratio), seconds)
@@ -422,4 +476,4 @@ def show(settings: DeletionSettings, summary: DeletionSummary) -> None:
             if text
         ],
     )
-    print(f"\nrecords, scores and summary: {settings.out}")
+    print(f"\nrecords, scores and summary: {visible(settings.out)}")

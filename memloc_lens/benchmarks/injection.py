@@ -16,10 +16,11 @@ the first.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -39,15 +40,20 @@ from memloc_lens.models import EMBEDDED
 from memloc_lens.products import fast_products
 from memloc_lens.report.table import print_comparison, print_tuning
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
-from memloc_lens.runs.folder import RunFolder, kept_scores, score_file
+from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
 from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, name_of
+from memloc_lens.runs.records import foreign, lacks
 from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSummary, Record, TuningSummary
+from memloc_lens.runs.scores import kept_scores, origin, score_file
 from memloc_lens.runs.settings import RunSettings, open_folder
 from memloc_lens.runs.statistics import mean_interval, summarize
+from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence
 
 EMBEDDED_RATIOS, RATIOS = (0.01, 0.05), (0.01, 0.001)
+INJECTED = ("loss", "steps", "auroc_weight_norm", "auroc_norm_change")
+"""What is recorded of an injection, and summarized."""
 TIMES = (1, 2, 5)
 """Recall is measured at these multiples of the ratio, as in the paper."""
 CURVE = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -78,6 +84,8 @@ class InjectionSettings(RunSettings):
             the package's own or a hub data set; of another file the first 5), and write the best to
             OUT/tuning/tuned.toml.
         seed: Seed of the draw of the ground truth, to which the index of the text in the data is added.
+        bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
+            model's tokenizer is configured to do.
     """
 
     # chosen for the embedded model by --tune: benchmarks/results/tuning.md
@@ -154,23 +162,25 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
         ValueError: for settings, files or a run folder that cannot be used, before any long work.
     """
     figures = published(settings.config)
-    material = load_material(settings)
-    model, texts = material.model, material.texts
-    default = EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS
-    settings = replace(settings, ratios=settings.ratios or default)
-    check_ratios(settings, model)
-    with settings.memory_budget(model), fast_products(model.cfg.device):
-        if settings.tune:
-            tuning = replace(settings, out=settings.out / "tuning")
-            return tune(tuning, model, texts, partial(_inject, settings, material), engine)
-        cells = [Cell(index, ratio) for index in range(len(texts)) for ratio in settings.ratios]
-        folder = open_folder(settings, model, texts, [], len(cells) * len(settings.localizers()))
-        jobs = [_job(settings, texts, cell, folder) for cell in cells]
-        run_jobs(MakeWorker(settings, material), jobs, folder, engine, description="INJ")
-    summary = _summary(settings, texts, folder)
-    summary["published"] = figures
-    folder.write_summary(summary)
-    return summary
+    with resuming(settings.out / "tuning" if settings.tune else settings.out):
+        material = load_material(settings)
+        model, texts = material.model, material.texts
+        default = EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS
+        settings = replace(settings, ratios=settings.ratios or default)
+        check_ratios(settings, model)
+        with settings.memory_budget(model), fast_products(model.cfg.device):
+            if settings.tune:
+                tuning = replace(settings, out=settings.out / "tuning")
+                return tune(tuning, model, texts, partial(_inject, settings, material), engine)
+            cells = [Cell(index, ratio) for index in range(len(texts)) for ratio in settings.ratios]
+            records = len(cells) * len(settings.localizers())
+            with open_folder(settings, model, texts, [], records, partial(_problem, settings, model)) as folder:
+                jobs = [_job(settings, texts, cell, folder) for cell in cells]
+                run_jobs(MakeWorker(settings, material), jobs, folder, engine, description="INJ")
+                summary = _summary(settings, texts, folder)
+                summary["published"] = figures
+                folder.write_summary(summary)
+                return summary
 
 
 def load_material(settings: InjectionSettings) -> Material:
@@ -180,7 +190,8 @@ def load_material(settings: InjectionSettings) -> Material:
         ValueError: for data that cannot be used with the model.
     """
     model = settings.load_model()
-    texts = load_definitions(model, settings.data, "dev" if settings.tune else "test", settings.max_tokens)
+    split = "dev" if settings.tune else "test"
+    texts = load_definitions(model, settings.data, split, settings.max_tokens, settings.bos)
     return Material(model, texts[: 5 if settings.tune else settings.limit or None])
 
 
@@ -224,18 +235,19 @@ class MakeWorker:
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
-        material = self.material or load_material(self.settings)
-        worker = partial(_records, self.settings, material)
         if self.material:
-            return worker
-        model = material.model
-        return kept_open(worker, self.settings.memory_budget(model), fast_products(model.cfg.device))
+            return partial(_records, self.settings, self.material)
+        material = load_material(self.settings)
+        model, worker = material.model, partial(_records, self.settings, material)
+        threads = same_threads(read_config(self.settings.out) or {})
+        return kept_open(worker, threads, self.settings.memory_budget(model), fast_products(model.cfg.device))
 
 
 def _records(settings: InjectionSettings, material: Material, job: Job) -> Iterator[Record]:
     """Inject a text; record the injection, then every method that is missing."""
     cell: Cell = job.content
     model, text = material.model, material.texts[cell.index]
+    config = read_config(settings.out) or {}
     started = time.perf_counter()
     with _inject(settings, material, cell.index, cell.ratio) as injected:
         seconds = time.perf_counter() - started
@@ -259,6 +271,7 @@ def _records(settings: InjectionSettings, material: Material, job: Job) -> Itera
                 kept = kept_scores(
                     score_file(settings.out, name_of(localizer), cell.ratio, cell.index),
                     partial(_localize, settings, localizer, model, text, injected.ground_truth),
+                    origin(config, name_of(localizer), cell.index, cell.index + 1),
                 )
                 metrics = score_metrics(kept["scores"], injected.ground_truth, cell.ratio)
                 metrics["auroc_net"] = metrics["auroc"] - by_norm
@@ -269,6 +282,18 @@ def _records(settings: InjectionSettings, material: Material, job: Job) -> Itera
                     **{name: round(value, 6) for name, value in metrics.items()},
                     "localize_seconds": round(kept["seconds"].item(), 3),
                 }
+
+
+def _problem(
+    settings: InjectionSettings, model: HookedTransformer, record: Record, config: Mapping[str, Any]
+) -> str | None:
+    """Return what is wrong with a record of a run with a configuration, None if nothing is."""
+    if record["method"] == INJECTION:
+        whole = [component_of(settings.component).plural, *INJECTED, "succeeded", "inject_seconds"]
+        return lacks(record, whole, {})
+    _, *unit = component_of(settings.component).shape(model)
+    metrics = [metric.name for metric in metrics_at(record["ratio"]) if _takes_some(metric, record["ratio"], unit)]
+    return foreign(record, config) or lacks(record, [*metrics, "localize_seconds"], {})
 
 
 def _inject(
@@ -363,14 +388,16 @@ def score_metrics(scores: Float[Tensor, " layer *unit"], gold: ComponentSet, rat
         `recall_global@k` at the ratio, of all layers together; `recall_ceiling` at the ratio, and
         `recall_of_ceiling`, all in points; `auroc` and `average_precision` in [0, 1].
     """
-    width = scores[0].numel()
-    measured: dict[str, float] = {}
-    for metric in metrics_at(ratio):
-        share = float(metric.name.partition("recall@")[2] or ratio)
-        takes_some = 0.5 / width < share <= 1  # to the nearest number
-        if metric.measure is not None and takes_some:
-            measured[metric.name] = metric.measure(scores, gold)
-    return measured
+    return {
+        metric.name: metric.measure(scores, gold)
+        for metric in metrics_at(ratio)
+        if metric.measure is not None and _takes_some(metric, ratio, scores.shape[1:])
+    }
+
+
+def _takes_some(metric: Metric, ratio: float, unit: Sequence[int]) -> bool:
+    """Return whether the share that a metric is about takes a component of a layer, to the nearest number."""
+    return 0.5 / prod(unit) < float(metric.name.partition("recall@")[2] or ratio) <= 1
 
 
 def _summary(settings: InjectionSettings, texts: list[MemorizedSequence], folder: RunFolder) -> InjectionSummary:
@@ -414,7 +441,7 @@ def show(settings: InjectionSettings, summary: InjectionSummary | TuningSummary)
     """Print the table of a run, one block a ratio, or that of ``--tune``."""
     if summary["benchmark"] == "tuning":
         print_tuning(summary)
-        print(f"\nchosen settings: {settings.out / 'tuning' / 'tuned.toml'}")
+        print(f"\nchosen settings: {visible(settings.out / 'tuning' / 'tuned.toml')}")
         return
     injected = component_of(summary["component"]).plural
     print_comparison(
@@ -429,7 +456,7 @@ def show(settings: InjectionSettings, summary: InjectionSummary | TuningSummary)
             if injections["failed"]
         ],
     )
-    print(f"\nrecords, scores and summary: {settings.out}")
+    print(f"\nrecords, scores and summary: {visible(settings.out)}")
 
 
 def _title(summary: InjectionSummary, injected: str, ratio: str) -> str:

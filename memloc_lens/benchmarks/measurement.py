@@ -24,6 +24,8 @@ class Material:
     """Everything that a run reads: the model, the sequences that it measures on, and the text."""
 
     model: HookedTransformer
+    memorized: list[MemorizedSequence]
+    """All that the data has; the targets are the first of them."""
     targets: list[MemorizedSequence]
     others: list[MemorizedSequence]
     controls: list[MemorizedSequence]

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import TypedDict
+from typing import TypedDict, get_args
 
 import numpy as np
 import torch
@@ -28,20 +28,23 @@ import tyro
 from jaxtyping import Float
 from numpy import ndarray
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformer_lens import HookedTransformer
 
-from memloc_lens.benchmarks.deletion import DeletionSettings, located
-from memloc_lens.checks import check_number
+from memloc_lens.benchmarks.deletion import DeletionSettings, localized_at_once, located
+from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import NEURONS, ComponentSet, post
 from memloc_lens.data import load_sequences
 from memloc_lens.models import check_device, load_model
 from memloc_lens.report.table import wide_console
 from memloc_lens.runs.command_line import parser, run_command
+from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.finished import FinishedRun, read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
 from memloc_lens.runs.schema import Record
+from memloc_lens.runs.scores import origin
+from memloc_lens.runs.settings import Precision, batches_of, identities
+from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import MemorizedSequence, decode
 
 CONTEXT = 4  # tokens shown before one on which a neuron fires
@@ -141,10 +144,8 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
         raise ValueError(f"{settings.run} has no method {settings.method!r}; it has {', '.join(run.methods)}")
     if any("acc_changes" not in record for record in run.records):
         raise ValueError(f"the records of {settings.run} do not tell sequences apart; run DEL again")
-    model = load_model(run.config["model"], device=settings.device)
-    sequences = load_sequences(model, run.config["data"], prompt_len=run.config.get("prompt_len"))
-    by_id = {sequence.id: sequence for sequence in sequences}
-    targets = [by_id[id] for id in dict.fromkeys(record["sequence"] for record in run.records)]
+    model = _load_same_model(settings, run)
+    targets = _targets(run, model, ratio)
 
     def worker(job: Job) -> Iterator[Record]:
         for (method,) in job.keys:
@@ -160,6 +161,43 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
         "categories": [list(target.category) for target in targets],
         "methods": {record["method"]: record["specificity"] for record in records},
     }
+
+
+def _load_same_model(settings: SpecificitySettings, run: FinishedRun) -> HookedTransformer:
+    """Load the model of a run, and refuse one whose weights have changed."""
+    missing = [name for name in ("model", "component", "first_layer", "scope", "batch") if name not in run.config]
+    if missing or "data" not in run.config:
+        raise ValueError(f"{run.path / 'config.json'} has no {(missing or ['data'])[0]}; run DEL again in a new folder")
+    dtype = run.config.get("dtype", "float32")
+    check_choice("dtype", dtype, get_args(Precision))
+    model = load_model(run.config["model"], device=settings.device, dtype=getattr(torch, dtype))
+    weights = fingerprint(model)
+    if run.config.get("weights", weights) != weights:
+        raise ValueError(f"the weights of {run.config['model']} differ from those that {run.path} is a run of")
+    return model
+
+
+def _targets(run: FinishedRun, model: HookedTransformer, ratio: float) -> list[MemorizedSequence]:
+    """Return the sequences that the run was about, in the order of its scores."""
+    sequences = load_sequences(
+        model, run.config["data"], prompt_len=run.config.get("prompt_len"), bos=run.config.get("bos")
+    )
+    by_id = {sequence.id: sequence for sequence in sequences}
+    in_records = list(dict.fromkeys(record["sequence"] for record in run.records))
+    ids = [id for id, _ in run.config.get("sequences", []) if id in in_records] or in_records
+    missing = [id for id in ids if id not in by_id]
+    if missing:
+        raise ValueError(f"{run.config['data']} has no sequence {missing[0]!r}, which {run.path} is about")
+    targets = [by_id[id] for id in ids]
+    if "sequences" in run.config and identities(targets) != run.config["sequences"][: len(targets)]:
+        raise ValueError(f"the sequences of {run.config['data']} differ from those that {run.path} is about")
+    for method in run.methods:
+        if len(run.at(method, ratio)) < len(targets):
+            raise ValueError(
+                f"{run.path} has {len(run.at(method, ratio))} of {len(targets)} sequences of {method} at the ratio "
+                f"{ratio}; name the method in a run of DEL there to complete it"
+            )
+    return targets
 
 
 def _of_method(
@@ -185,14 +223,14 @@ def _of_method(
 
 def _located(run: FinishedRun, method: str, ratio: float, targets: int) -> list[ComponentSet]:
     """Return the components that a run dropped for each of its targets."""
-    names = ("component", "first_layer", "scope")
+    names = ("component", "first_layer", "scope", "batch")
     dropped = DeletionSettings(**{name: run.config[name] for name in names})
-    size = 1 if dropped.component == "weight" else run.config["batch"]
-    return [
-        located(dropped, scores, ratio)
-        for start in range(0, targets, size)
-        for scores in run.scores(method, start)["scores"]
-    ]
+    batches = batches_of(run.config.get("extents", [targets]), localized_at_once(dropped.component, dropped.batch))
+    found = []
+    for start, stop in (batch for batch in batches if batch[0] < targets):
+        of = origin(run.config, method, start, stop) if "weights" in run.config else None
+        found += [located(dropped, scores, ratio) for scores in run.scores(method, start, of=of)["scores"]]
+    return found[:targets]
 
 
 def _related(one: MemorizedSequence, other: MemorizedSequence) -> bool:
@@ -291,14 +329,14 @@ def print_specificity(result: Specificity, method: str | None = None, console: C
     for name, row in methods.items():
         values = (row["self"], row["related"], row["unrelated"], row["target_loses_more"])
         overlaps = (row["overlap"][kind] for kind in ("related", "unrelated", "chance"))
-        table.add_row(escape(name), *("" if value is None else f"{value:.1f}" for value in (*values, *overlaps)))
+        table.add_row(plain(name), *("" if value is None else f"{value:.1f}" for value in (*values, *overlaps)))
     console.print(table)
     chosen = method or min(methods, key=lambda name: methods[name]["self"])
-    say = partial(console.print, highlight=False, markup=False)
+    say = partial(console.print, highlight=False, markup=False, emoji=False)
     say(f"\n{chosen}: accuracy lost (points); rows are targets, columns sequences")
     say(matrix_text(methods[chosen]["matrix"]))
     for number, id in enumerate(result["sequences"], start=1):
-        say(f"{number:3} {id} {' '.join(result['categories'][number - 1])}")
+        say(visible(f"{number:3} {id} {' '.join(result['categories'][number - 1])}"))
     say(f"\n{chosen}: the {plural} of most sequences" + (", and where they fire most" if plural == "neurons" else ""))
     for shared in methods[chosen]["shared"]:
         layer, *unit = shared["index"]

@@ -6,7 +6,7 @@
 3. Of each method, the settings with the highest recall, as a share of its ceiling, are chosen.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import product
@@ -21,6 +21,7 @@ from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import recall, recall_ceiling
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
 from memloc_lens.runs.methods import name_of
+from memloc_lens.runs.records import lacks
 from memloc_lens.runs.schema import ByMethod, Record, TuningSummary
 from memloc_lens.runs.settings import RunSettings, open_folder
 from memloc_lens.runs.statistics import summarize
@@ -72,34 +73,39 @@ def tune(
     }
     tried = {label_of(localizer): localizer for grid in grids.values() for localizer in grid}
     cells = [(index, ratio) for index in range(len(texts)) for ratio in settings.ratios]
-    folder = open_folder(settings, model, texts, [], records=len(cells) * len(tried))
     jobs = [Job(tuple((texts[index].id, label, ratio) for label in tried), (index, ratio)) for index, ratio in cells]
 
     def make_worker() -> Worker:
         return lambda job: _records(model, texts, tried, inject_text, job)
 
-    records = run_jobs(make_worker, jobs, folder, engine, description="tuning", unit="mask")
-    if not records:
-        raise ValueError(f"none of the {len(cells)} injections succeeded; take larger ratios")
-    results = summarize(records, ["recall_of_ceiling"])
-    chosen = {
-        method: max(map(label_of, grid), key=lambda label: _sum(results, label)) for method, grid in grids.items()
-    }
-    lines = [
-        line
-        for method, label in chosen.items()
-        for line in (f"[{method}]", *(f"{name} = {getattr(tried[label], name)}" for name in fields_of(method)), "")
-    ]
-    folder.write("tuned.toml", "\n".join(lines))
-    summary: TuningSummary = {
-        "benchmark": "tuning",
-        "model": settings.model,
-        "sequences": len(texts),
-        "tried": results,
-        "chosen": chosen,
-    }
-    folder.write_summary(summary)
+    with open_folder(settings, model, texts, [], len(cells) * len(tried), _problem) as folder:
+        records = run_jobs(make_worker, jobs, folder, engine, description="tuning", unit="mask")
+        if not records:
+            raise ValueError(f"none of the {len(cells)} injections succeeded; take larger ratios")
+        results = summarize(records, ["recall_of_ceiling"])
+        chosen = {
+            method: max(map(label_of, grid), key=lambda label: _sum(results, label)) for method, grid in grids.items()
+        }
+        lines = [
+            line
+            for method, label in chosen.items()
+            for line in (f"[{method}]", *(f"{name} = {getattr(tried[label], name)}" for name in fields_of(method)), "")
+        ]
+        folder.write("tuned.toml", "\n".join(lines))
+        summary: TuningSummary = {
+            "benchmark": "tuning",
+            "model": settings.model,
+            "sequences": len(texts),
+            "tried": results,
+            "chosen": chosen,
+        }
+        folder.write_summary(summary)
     return summary
+
+
+def _problem(record: Record, config: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a record, None if nothing is."""
+    return lacks(record, ["recall_of_ceiling"], {})
 
 
 def _records(

@@ -16,7 +16,6 @@ stands before it. The other sequences are split into `dev` and `test`.
 An interrupted run resumes when you repeat the command. `--data OUT/sequences.jsonl` gives the result to the benchmarks.
 """
 
-import hashlib
 import json
 import random
 from itertools import islice
@@ -31,10 +30,12 @@ from memloc_lens.data.found import Counts, FindSettings, FoundSequence, FoundWin
 from memloc_lens.data.guessing import foreign_prompts, shuffled_prompts, why_guessable
 from memloc_lens.data.near_duplicates import near_duplicate_groups
 from memloc_lens.data.readers import is_local
-from memloc_lens.data.search import Search, begin, generate, scan
+from memloc_lens.data.search import Search, begin, digest_of, generate, scan
 from memloc_lens.runs.command_line import parser, run_command
+from memloc_lens.runs.folder import resuming
 from memloc_lens.runs.jobs import Engine, serial
-from memloc_lens.sequence import decode
+from memloc_lens.runs.visible import plain, visible
+from memloc_lens.sequence import MemorizedSequence, begins_with_bos, decode
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
     """Search the corpus, or what is left of it, and write `sequences.jsonl` and `report.json`.
 
     Args:
-        settings: of the run. They must equal those of an earlier run in the same folder.
+        settings: of the run. They must equal those of an earlier run in the same folder; the limit may be another.
         engine: runs the jobs.
 
     Returns:
@@ -56,7 +57,14 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
         ValueError: for settings, a corpus or a run folder that cannot be used, or a corpus that is too short or has
             changed since the run began.
     """
-    search = begin(settings, engine, corpus_sha256=_read_files(settings))
+    with resuming(settings.out):
+        search = begin(settings, engine, documents=_check_files(settings))
+        with search.folder:
+            return _run(search)
+
+
+def _run(search: Search) -> Report:
+    settings = search.settings
     counts, accurate = scan(search)
     windows = generate(search, "greedy", accurate, _prompts(search, accurate))
     windows = [window for window in windows if window["distinct"] >= settings.min_distinct]
@@ -71,19 +79,19 @@ def run(settings: FindSettings, engine: Engine = serial) -> Report:
     return _write(search, counts, windows)
 
 
-def _read_files(settings: FindSettings) -> str:
+def _check_files(settings: FindSettings) -> str:
     """Read the files of the corpus once, so that one that cannot be used is refused before any long work.
 
     With a limit only the first document of each source is read: the search may never reach the others.
 
     Returns:
-        The hash of what was read.
+        A hash of what was read.
     """
-    digest = hashlib.sha256()
-    for source in filter(is_local, settings.corpus):
-        for document in islice(read_corpus([source], settings.names), 1 if settings.limit else None):
-            digest.update(repr((document.content, document.category)).encode())
-    return digest.hexdigest()[:16]
+    return digest_of(
+        (document.source, document.category, document.content)
+        for source in filter(is_local, settings.corpus)
+        for document in islice(read_corpus([source], settings.names), 1 if settings.limit else None)
+    )
 
 
 def _is_close(settings: FindSettings, distance: int) -> bool:
@@ -142,23 +150,26 @@ def _write(search: Search, counts: Counts, windows: list[FoundWindow]) -> Report
 
 
 def _row(search: Search, number: int, window: FoundWindow) -> FoundSequence:
+    """Return the line of a window. Its tokens are those that the model read; its texts are those of the corpus."""
     id, prompt_len = f"found-{number:04d}", search.settings.prompt
     if search.model.tokenizer is None:
         return {"id": id, "prompt_len": prompt_len, **window}
-    tokens = torch.tensor(window["tokens"])
-    prompt, text = decode(search.model, tokens[:prompt_len]), decode(search.model, tokens)
-    return {"id": id, "prompt": prompt, "all": text, "prompt_len": prompt_len, **window}
+    own = MemorizedSequence(torch.tensor(window["tokens"]), prompt_len)
+    prompt, text = decode(search.model, own.prompt[0]), own.text(search.model)
+    read = own.after_bos(search.model) if begins_with_bos(search.model, search.settings.bos) else own
+    tokens = read.tokens.tolist()
+    return {"id": id, "prompt": prompt, "all": text, "prompt_len": read.prompt_len, **window, "tokens": tokens}
 
 
 def show(settings: FindSettings, report: Report) -> None:
     """Print how many windows and sequences every step left."""
-    table = Table(title=f"{settings.model}: what is left after every step", title_justify="left")
+    table = Table(title=plain(f"{settings.model}: what is left after every step"), title_justify="left")
     table.add_column("")
     table.add_column("left", justify="right")
     for name, count in report["counts"].items():
         table.add_row(name, str(count))
     Console().print(table)
-    print(f"\nsequences: {settings.out / 'sequences.jsonl'}")
+    print(f"\nsequences: {visible(settings.out / 'sequences.jsonl')}")
 
 
 if __name__ == "__main__":

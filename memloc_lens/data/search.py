@@ -5,8 +5,8 @@ stream.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
@@ -20,34 +20,41 @@ from memloc_lens.data.found import Counts, FindSettings, FoundWindow, Measured
 from memloc_lens.data.readers import is_local
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
 from memloc_lens.products import fast_products
+from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs
-from memloc_lens.runs.schema import Key, Record
-from memloc_lens.sequence import MemorizedSequence, decode
+from memloc_lens.runs.losses import check_losses
+from memloc_lens.runs.records import lacks
+from memloc_lens.runs.schema import Record
+from memloc_lens.sequence import MemorizedSequence, begins_with_bos, decode
 
 Step = Literal["scan", "greedy", "shuffled", "foreign"]
 """A step that runs the model: teacher-forced, or greedily from the window's prompt, the same shuffled, or another's."""
 
 Item = TypeVar("Item")
 
-NOT_IDENTITY = ("out", "names")
-"""Settings that may differ between two runs in one folder; what `names` decides is compared batch by batch."""
+WINDOW = {"tokens": list, "source": str, "start": int, "category": list, "accuracy": int | float}
+"""What a record of the scan has of each window that passed."""
+
+MEASURED = {
+    "greedy": {"distance": int, "distinct": int},
+    "shuffled": {"shuffled_distance": int},
+    "foreign": {"foreign_distance": int},
+}
+"""What a record of another step has of each window."""
+
+NOT_IDENTITY = ("out", "names", "limit")
+"""Settings that may differ between two runs in one folder; the windows that they lead to are compared."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """A run that has begun: its settings, what it has loaded, its folder, what runs its jobs, and its corpus' hash."""
+    """A run that has begun: its settings, what it has loaded, its folder, and what runs its jobs."""
 
     settings: FindSettings
     model: HookedTransformer
     folder: RunFolder
     engine: Engine
-    corpus_sha256: str
-
-    @property
-    def corpus_key(self) -> Key:
-        """The key of the record that holds the hash."""
-        return ("corpus", self.settings.limit)
 
     def records(self, jobs: Iterable[Job], description: str) -> list[Record]:
         """Return the record of every job, made if it is missing."""
@@ -55,32 +62,71 @@ class Search:
         return run_jobs(make_worker, jobs, self.folder, self.engine, description, unit="batch")
 
 
-def begin(settings: FindSettings, engine: Engine, corpus_sha256: str) -> Search:
+def begin(settings: FindSettings, engine: Engine, documents: str) -> Search:
     """Load the model and open the folder of the run.
 
     Args:
         settings: of the run.
         engine: runs the jobs.
-        corpus_sha256: hash of the files of the corpus. With a limit, the windows are hashed instead.
+        documents: a hash of all local documents, which identifies the corpus of a search without a limit.
 
     Raises:
-        ValueError: if the model cannot be loaded or read so many tokens, or the folder belongs to other settings or to
-            another corpus.
+        ValueError: if the model cannot be loaded or read so many tokens, or the folder belongs to other settings.
     """
     model = settings.load_model()
-    if settings.length > model.cfg.n_ctx:
+    if settings.length + begins_with_bos(model, settings.bos) > model.cfg.n_ctx:
         raise ValueError(
             f"prompt and suffix are {settings.length} tokens, and {settings.model} reads at most {model.cfg.n_ctx}; "
             "shorten them"
         )
     own = {name: value for name, value in settings.as_json().items() if name not in NOT_IDENTITY}
-    if settings.limit and all(map(is_local, settings.corpus)):
-        corpus_sha256 = _digest(islice(_distinct_windows(settings, model, {"windows": 0}), settings.limit))
-    folder = RunFolder(settings.out, {**own, "device": str(model.cfg.device)}, key=("step", "item"))
-    search = Search(settings, model, folder, engine, corpus_sha256)
-    if search.corpus_key in folder and folder[search.corpus_key]["sha256"] != corpus_sha256:
-        raise _another_corpus(settings)
-    return search
+    config = {
+        **own,
+        "device": str(model.cfg.device),
+        "weights": fingerprint(model),
+        "begins_with_bos": begins_with_bos(model, settings.bos),
+        "windows": {str(settings.limit): _first_windows(settings, model) if settings.limit else documents},
+    }
+    folder = RunFolder(settings.out, config, ("step", "tokens_sha256"), ("model",), _problem)
+    return Search(settings, model, folder, engine)
+
+
+def _first_windows(settings: FindSettings, model: HookedTransformer) -> str:
+    """Return a hash of the local windows up to the limit.
+
+    It is taken before the search, so that a corpus which changes while a run is interrupted is noticed.
+    """
+    local = replace(settings, corpus=tuple(filter(is_local, settings.corpus)))
+    windows = islice(_distinct_windows(local, model, {"windows": 0}), settings.limit)
+    return digest_of((window.source, window.start, window.category, window.tokens) for window in windows)
+
+
+def digest_of(contents: Iterable[object]) -> str:
+    """Return a hash of what contents print as."""
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(repr(content).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def _problem(record: Record, config: Mapping[str, Any]) -> str | None:
+    """Return what is wrong with a record, None if nothing is."""
+    name, wanted = ("passed", WINDOW) if record["step"] == "scan" else ("values", MEASURED.get(record["step"], {}))
+    if not all_like(record.get(name), wanted):
+        return f"no whole record: its {name!r} is missing or damaged"
+    return lacks(record, ["accurate"] if record["step"] == "scan" else [], {})
+
+
+def all_like(rows: Any, wanted: Mapping[str, Any]) -> bool:
+    """Return whether rows all have the fields that are wanted, each of its type."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict)
+        and row.keys() == wanted.keys()
+        and all(isinstance(row[name], kind) for name, kind in wanted.items())
+        and all(isinstance(token, int) for token in row.get("tokens", []))
+        and all(isinstance(subject, str) for subject in row.get("category", []))
+        for row in rows
+    )
 
 
 def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
@@ -108,10 +154,8 @@ def _scan_jobs(search: Search, counts: Counts) -> Iterator[Job]:
     """Read the corpus as it is needed, a job a batch of different windows."""
     windows = islice(_distinct_windows(search.settings, search.model, counts), search.settings.limit or None)
     for index, batch in enumerate(_batched(windows, search.settings.batch)):
-        if search.corpus_key not in search.folder:
-            search.folder.append({"step": "corpus", "item": search.settings.limit, "sha256": search.corpus_sha256})
         counts["without exact duplicates"] += len(batch)
-        yield _job(search, "scan", index, batch)
+        yield Job((("scan", _digest(batch)),), Batch(index, batch))
 
 
 def _distinct_windows(settings: FindSettings, model: HookedTransformer, counts: Counts) -> Iterator[Window]:
@@ -154,26 +198,28 @@ class Attempt:
 def generate(search: Search, step: Step, windows: list[FoundWindow], prompts: list[list[int]]) -> list[FoundWindow]:
     """Generate the suffix of each window from a prompt; return the windows with how close it is."""
     attempts = [Attempt(window, prompt) for window, prompt in zip(windows, prompts, strict=True)]
-    batches = _batched(attempts, search.settings.batch)
-    jobs = [_job(search, step, index, batch) for index, batch in enumerate(batches)]
+    batches = enumerate(_batched(attempts, search.settings.batch))
+    jobs = [Job(((step, _digest(batch)),), Batch(index, batch)) for index, batch in batches]
     records = search.records(jobs, f"generating, {step}" if jobs else "")
     measured: list[Measured] = [values for record in records for values in record["values"]]
+    if len(measured) != len(windows):
+        raise ValueError(
+            f"{search.folder.path / 'records.jsonl'} has {len(measured)} results of step {step} for {len(windows)} "
+            "windows; remove the lines of the step to have them made again"
+        )
     return [{**window, **values} for window, values in zip(windows, measured, strict=True)]
 
 
-def _job(search: Search, step: Step, index: int, batch: Sequence[Window | Attempt]) -> Job:
-    """Return the job of a batch; if it has a record already, check that this was made of the same tokens."""
-    key = (step, index)
-    if key in search.folder and search.folder[key]["tokens_sha256"] != _digest(batch):
-        raise _another_corpus(search.settings)
-    return Job((key,), batch)
+@dataclass(frozen=True)
+class Batch:
+    """Windows or attempts that run together, and their place among the batches of their step."""
+
+    item: int
+    content: Sequence[Window | Attempt]
 
 
-def _another_corpus(settings: FindSettings) -> ValueError:
-    return ValueError(f"the corpus is not the one that the run in {settings.out} began with; choose another --out")
-
-
-def _digest(batch: Iterable[Window | Attempt]) -> str:
+def _digest(batch: Sequence[Window | Attempt]) -> str:
+    """Return a hash of the tokens of a batch, which identifies its record: a longer search makes other batches."""
     return hashlib.sha256(repr([list(item.tokens) for item in batch]).encode()).hexdigest()[:16]
 
 
@@ -199,17 +245,20 @@ class MakeWorker:
 
 def _records(settings: FindSettings, model: HookedTransformer, job: Job) -> list[Record]:
     """Return the record of a batch."""
-    ((step, index),) = job.keys
-    record = {"step": step, "item": index, "tokens_sha256": _digest(job.content)}
+    ((step, tokens_sha256),) = job.keys
+    batch: Batch = job.content
+    record = {"step": step, "item": batch.item, "tokens_sha256": tokens_sha256}
     with fast_products(model.cfg.device):
         if step == "scan":
-            return [record | _scanned(settings, model, job.content)]
-        return [record | {"values": _generated(settings, model, step, job.content)}]
+            return [record | _scanned(settings, model, batch.content, first=batch.item == 0)]
+        return [record | {"values": _generated(settings, model, step, batch.content)}]
 
 
-def _scanned(settings: FindSettings, model: HookedTransformer, windows: list[Window]) -> Record:
+def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence[Any], first: bool) -> Record:
     """Predict windows teacher-forced; return how many are accurate, and those that have enough distinct tokens too."""
     sequences = [_sequence(settings, model, window) for window in windows]
+    if first:
+        check_losses(model, sequences, settings.batch)
     accuracies = suffix_accuracy(teacher_forced(model, sequences, settings.batch), sequences).tolist()
     accurate = [
         _found(window, accuracy)
@@ -221,12 +270,18 @@ def _scanned(settings: FindSettings, model: HookedTransformer, windows: list[Win
 
 
 def _sequence(settings: FindSettings, model: HookedTransformer, window: Window) -> MemorizedSequence:
-    sequence = MemorizedSequence(torch.tensor(window.tokens), settings.prompt)
+    sequence = _after_bos(
+        settings, model, MemorizedSequence(torch.tensor(window.tokens), settings.prompt, window.source)
+    )
     try:
         sequence.check_fits(model)
     except ValueError as error:
         raise ValueError(f"{window.source}: {error}") from error
     return sequence
+
+
+def _after_bos(settings: FindSettings, model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
+    return sequence.after_bos(model) if begins_with_bos(model, settings.bos) else sequence
 
 
 def _found(window: Window, accuracy: float) -> FoundWindow:
@@ -239,9 +294,12 @@ def _found(window: Window, accuracy: float) -> FoundWindow:
     }
 
 
-def _generated(settings: FindSettings, model: HookedTransformer, step: Step, attempts: list[Attempt]) -> list[Measured]:
+def _generated(settings: FindSettings, model: HookedTransformer, step: Step, attempts: Sequence[Any]) -> list[Measured]:
     """Generate the suffix of every attempt, and measure how close it is."""
-    sequences = [MemorizedSequence(torch.tensor(attempt.tokens), settings.prompt) for attempt in attempts]
+    sequences = [
+        _after_bos(settings, model, MemorizedSequence(torch.tensor(attempt.tokens), settings.prompt))
+        for attempt in attempts
+    ]
     suffixes = free_running(model, sequences, settings.batch)
     return [
         _measured(model, step, suffix.tolist(), attempt.suffix)

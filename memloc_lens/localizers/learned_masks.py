@@ -159,16 +159,32 @@ def _score(
 ) -> Float[Tensor, "..."]:
     check_model(model)
     component = component_of(settings.component)
-    return score(
-        model,
-        sequences,
-        score_batch,
-        component,
-        first_layer=settings.first_layer,
-        graph_layers=model.cfg.n_layers - settings.first_layer,
-        # next to the activations, the few entries of masks over neurons and heads do not count
-        parameters=prod(component.shape(model)) if component is WEIGHTS else 0,
-    )
+    try:
+        return score(
+            model,
+            sequences,
+            score_batch,
+            component,
+            first_layer=settings.first_layer,
+            graph_layers=model.cfg.n_layers - settings.first_layer,
+            # next to the activations, the few entries of masks over neurons and heads do not count
+            parameters=prod(component.shape(model)) if component is WEIGHTS else 0,
+        )
+    except _LossNotFinite as error:
+        listed = [sequences] if isinstance(sequences, MemorizedSequence) else sequences
+        id = next(sequence.id for sequence in listed if torch.equal(sequence.tokens, error.tokens))
+        raise ValueError(
+            f"{settings.name}, sequence {id!r}: the loss is NaN or infinite at step {error.step}; lower lr, or take a "
+            "dtype with a wider range"
+        ) from error
+
+
+@dataclass
+class _LossNotFinite(Exception):
+    """The loss of the sequence with these tokens, at a step."""
+
+    tokens: Tensor
+    step: int
 
 
 def _train(
@@ -183,6 +199,7 @@ def _train(
     masked = _masked_residual(model, batch, settings.first_layer, component_of(settings.component))
     result = parameters.detach().clone()
     running = torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
+    diverged = torch.full((len(batch),), -1, device=batch.tokens.device)  # the step, without waiting for the device
     for step in range(settings.steps):
         with torch.enable_grad():
             values, regularizer = mask_and_regularizer()
@@ -192,11 +209,15 @@ def _train(
                     break
             losses = target_loss(model, masked(values), batch)
             objective = (losses + settings.penalty * regularizer).sum()
+        diverged = torch.where((diverged < 0) & running & ~losses.detach().isfinite(), step, diverged)
         optimizer.zero_grad()
         objective.backward()
         optimizer.step()
         still = running.view(-1, *[1] * (parameters.ndim - 1))
         result = torch.where(still, parameters.detach(), result)
+    if (diverged >= 0).any():
+        row = int((diverged >= 0).nonzero()[0])
+        raise _LossNotFinite(batch.tokens[row].cpu(), int(diverged[row]))
     return result
 
 

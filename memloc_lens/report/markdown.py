@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from memloc_lens.report.table import Column
 from memloc_lens.runs.schema import ByMethod, Cells, DeletionSummary, InjectionsSummary, InjectionSummary, Published
+from memloc_lens.runs.visible import markdown
 
 
 def deletion_tables(summary: DeletionSummary, columns: Sequence[Column]) -> str:
@@ -38,9 +39,9 @@ def deletion_tables(summary: DeletionSummary, columns: Sequence[Column]) -> str:
     plural = f"{summary['component']}s"
     whose = "all" if summary["scope"] == "global" else "each layer's"
     parts = [
-        f"{summary['sequences']} sequences, model {summary['model']}. Changes when the located {plural} are dropped; "
-        "accuracies in points, distances in characters. Means with 95% confidence intervals; bold is the best of a "
-        "column."
+        f"{summary['sequences']} sequences, model {markdown(summary['model'])}. Changes when the located {plural} are "
+        "dropped; accuracies in points, distances in characters. Means with 95% confidence intervals; bold is the best "
+        "of a column."
     ]
     for ratio, rows in _by_ratio(summary["methods"]).items():
         parts.append(f"**{_percent(ratio)} of {whose} {plural}**")
@@ -66,8 +67,8 @@ def injection_tables(summary: InjectionSummary, columns_of: Callable[[float], Se
     """
     plural = f"{summary['component']}s"
     parts = [
-        f"{summary['sequences']} texts, model {summary['model']}. Recall of the ground-truth {plural} in points. Means "
-        "with 95% confidence intervals; bold is the best of a column."
+        f"{summary['sequences']} texts, model {markdown(summary['model'])}. Recall of the ground-truth {plural} in "
+        "points. Means with 95% confidence intervals; bold is the best of a column."
     ]
     tables = _by_ratio(summary["methods"])
     for ratio in sorted(summary["injections"], key=float):
@@ -78,7 +79,7 @@ def injection_tables(summary: InjectionSummary, columns_of: Callable[[float], Se
 
 
 def _injections(made: InjectionsSummary) -> str:
-    failed = f" Failed and not scored: {', '.join(made['failed'])}." if made["failed"] else ""
+    failed = f" Failed and not scored: {', '.join(map(markdown, made['failed']))}." if made["failed"] else ""
     return (
         f"{made['succeeded']} of {made['texts']} texts injected, in {made['steps']['mean']:.0f} steps on average. "
         f"AUROC of the norms of the weights {made['auroc_weight_norm']['mean']:.3f}, of their change "
@@ -109,11 +110,11 @@ def _table(
     if before is not None:
         lines.append(_row("before", *(f"{before[column.name]['mean']:.1f}" for column in shown)))
     for method, cells in rows.items():
-        lines.append(_row(method, *(_cell(column, cells, rows) for column in shown)))
+        lines.append(_row(markdown(method), *(_cell(column, cells, rows) for column in shown)))
         if method in published:
             figures = published[method]
             paper = (f"{figures[column.name]:{column.form}}" if column.name in figures else "" for column in shown)
-            lines.append(_row(f"{method}, published", *paper))
+            lines.append(_row(f"{markdown(method)}, published", *paper))
     return "\n".join(lines)
 
 

@@ -1,13 +1,13 @@
 """The table at the end of a run: methods as rows, metrics as columns, one block a ratio."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from memloc_lens.runs.schema import Cells, DeletionSummary, InjectionSummary, TuningSummary
+from memloc_lens.runs.visible import plain
 
 
 @runtime_checkable
@@ -49,7 +49,8 @@ def print_comparison(
         console: where to print. Default: the terminal, or as wide as needed if there is none.
     """
     console = wide_console(console)
-    console.print(f"\n{escape(heading)}\nmeans with 95% intervals; * marks the best of a column", highlight=False)
+    console.print()
+    console.print(plain(heading), "means with 95% intervals; * marks the best of a column", sep="\n", highlight=False)
     for ratio in dict.fromkeys(ratio for cells in summary["methods"].values() for ratio in cells):
         rows = {method: cells[ratio] for method, cells in summary["methods"].items() if ratio in cells}
         columns = [
@@ -57,7 +58,7 @@ def print_comparison(
             for column in columns_of(ratio)
             if column.heading and any(column.name in cells for cells in rows.values())
         ]
-        table = Table(title=escape(title_of(ratio)), title_justify="left", title_style="bold")
+        table = Table(title=plain(title_of(ratio)), title_justify="left", title_style="bold")
         table.add_column("method", no_wrap=True)
         for column in columns:
             table.add_column(column.heading, justify="right", no_wrap=True)
@@ -65,14 +66,22 @@ def print_comparison(
             before = summary["before"]
             table.add_row("before", *(f"{before[column.name]['mean']:.1f}" for column in columns), style="dim")
         for method, cells in rows.items():
-            table.add_row(escape(method), *(_cell(column, cells, _best(column, rows)) for column in columns))
+            table.add_row(plain(method), *(_cell(column, cells, _best(column, rows)) for column in columns))
             figures = summary.get("published", {}).get(method, {}).get(ratio)
             if figures:
                 paper = (f"{figures[c.name]:{c.form}}" if c.name in figures else "" for c in columns)
                 table.add_row("  published", *paper, style="dim")
         console.print(table)
-    for line in footer:
-        console.print(escape(line), highlight=False)
+    for line in (*footer, *_partial(summary)):
+        console.print(plain(line), highlight=False)
+
+
+def _partial(summary: DeletionSummary | InjectionSummary) -> Iterator[str]:
+    """Yield the methods of DEL that were measured on fewer sequences than the table is about."""
+    for method, ratios in summary["methods"].items() if summary["benchmark"] == "del" else ():
+        counts = {cell["n"] for cells in ratios.values() for name, cell in cells.items() if name == "self_acc"}
+        if counts and min(counts) < summary["sequences"]:
+            yield f"{method}: {min(counts)} of {summary['sequences']} sequences only; name it in a run to complete it"
 
 
 def _best(column: Column, rows: dict[str, Cells]) -> float:
@@ -102,5 +111,5 @@ def print_tuning(summary: TuningSummary, console: Console | None = None) -> None
         means = (
             f"{cells[ratio]['recall_of_ceiling']['mean']:.1f}{chosen}" if ratio in cells else "" for ratio in ratios
         )
-        table.add_row(escape(name), *means, style="bold" if chosen == "*" else None)
+        table.add_row(plain(name), *means, style="bold" if chosen == "*" else None)
     console.print(table)

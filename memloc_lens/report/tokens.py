@@ -1,5 +1,7 @@
 """A sequence as coloured tokens: where switching neurons off makes it forget."""
 
+import html
+
 import torch
 from circuitsvis.tokens import colored_tokens
 from jaxtyping import Float
@@ -8,9 +10,8 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate
 from memloc_lens.components import Neurons
+from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, decode
-
-SAFE = "\ue000"  # of the private use area: stands for "<", which would end the script that the page is made by
 
 
 @torch.no_grad()
@@ -47,6 +48,6 @@ def forgetting_page(model: HookedTransformer, sequence: MemorizedSequence, neuro
     before = token_losses(model, sequence)
     with ablate(model, neurons):
         after = token_losses(model, sequence)
-    texts = [decode(model, token[None]).replace("<", SAFE) for token in sequence.tokens]
-    page = colored_tokens(texts, (after - before).cpu()).local_src
-    return page.replace("\\ue000", "\\u003c")
+    # circuitsvis parses each token as HTML; it draws line breaks, and other blanks as blanks
+    texts = [html.escape(visible(decode(model, token[None]), keep="\n\t"), quote=False) for token in sequence.tokens]
+    return colored_tokens(texts, (after - before).cpu()).local_src

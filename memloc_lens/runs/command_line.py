@@ -1,10 +1,14 @@
 """The command line: options from dataclasses, configuration files, and errors of one line."""
 
 import argparse
+import math
+import signal
 import sys
+import threading
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import field, is_dataclass, make_dataclass, replace
+from contextlib import contextmanager
+from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from keyword import iskeyword
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -15,9 +19,12 @@ from memloc_lens.localizers import LOCALIZERS
 from memloc_lens.runs.methods import AnyLocalizer, name_of, resolve
 from memloc_lens.runs.schema import Published
 from memloc_lens.runs.settings import RunSettings
+from memloc_lens.runs.visible import visible
 
 Settings = TypeVar("Settings")
 BenchmarkSettings = TypeVar("BenchmarkSettings", bound=RunSettings)
+
+STOPPED = "\nstopped; what was recorded is kept: repeat the command to resume"
 
 METHODS_HELP = (
     f"Methods to compare: {', '.join(LOCALIZERS)}, or your own as package.module:Class, whose fields become options. "
@@ -31,7 +38,9 @@ def run_command(
     show: Callable[[Settings, Any], None],
     arguments: list[str] | None = None,
 ) -> None:
-    """Read the settings, run, and show the result; an error is one line, and Ctrl-C says how to resume.
+    """Read the settings, run, and show the result; an error is one line, and Ctrl-C or SIGTERM say how to resume.
+
+    After SIGTERM the exit status is 143.
 
     Args:
         read: makes settings of the arguments.
@@ -40,12 +49,40 @@ def run_command(
         arguments: of the command line. Default: those of the process.
     """
     try:
-        settings = read(sys.argv[1:] if arguments is None else arguments)
-        show(settings, run(settings))
+        with _interrupted_by_sigterm():
+            settings = read(sys.argv[1:] if arguments is None else arguments)
+            show(settings, run(settings))
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {visible(error)}")
+    except OSError as error:  # of a disk or a temporary folder, wherever it is used
+        where = f"{error.filename}: " if error.filename else ""
+        sys.exit(f"error: {visible(where)}{visible(error.strerror or error)}")
+    except Terminated:
+        print(STOPPED, file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except KeyboardInterrupt:
-        sys.exit("\nstopped; what was recorded is kept: repeat the command to resume")
+        sys.exit(STOPPED)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a batch system sends before it kills: ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Raise `Terminated` on SIGTERM while the context is open; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    earlier = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
 
 
 def parser(settings_class: type[Settings], program: str, about: str | None) -> Callable[[list[str]], Settings]:
@@ -86,7 +123,8 @@ def parse(
     config = first.parse_known_args(arguments)[0].config
     table = _read_toml(config) if config else {}
     table.pop("published", None)
-    arguments = [*_options(table), *arguments]
+    or_default = {field.name for field in fields(settings_class) if field.type == bool | None}
+    arguments = [*_options({name: str(on) if name in or_default else on for name, on in table.items()}), *arguments]
     found = first.parse_known_args(arguments)[0]
     presets = settings_class.presets.get(found.component, {})
     known = {name: resolve(name, presets) for name in LOCALIZERS}
@@ -126,12 +164,28 @@ def published(config: Path | None) -> Published:
     table = _read_toml(config).get("published", {}) if config else {}
     for method, ratios in _items(table):
         for ratio, figures in _items(ratios):
-            if not isinstance(figures, dict) or not all(isinstance(value, int | float) for value in figures.values()):
+            where = ".".join(filter(None, ("published", method, ratio)))
+            if not isinstance(figures, dict) or not all(map(_is_figure, figures.values())):
                 raise ValueError(
-                    f"{config}: [{'.'.join(filter(None, ('published', method, ratio)))}] does not hold numbers by "
-                    'metric; write [published.METHOD."RATIO"] and, under it, self_acc = -34.6'
+                    f'{config}: [{where}] does not hold numbers by metric; write [published.METHOD."RATIO"] and, under '
+                    "it, self_acc = -34.6"
                 )
-    return table
+            if not _is_ratio(ratio):
+                raise ValueError(f'{config}: [{where}] has {ratio!r} in place of a ratio; write a number as "0.05"')
+    return {
+        method: {str(float(ratio)): figures for ratio, figures in ratios.items()} for method, ratios in table.items()
+    }
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_ratio(text: str) -> bool:
+    try:
+        return 0 < float(text) <= 1
+    except ValueError:
+        return False
 
 
 def _items(table: Any) -> Iterable[tuple[str, Any]]:

@@ -1,16 +1,16 @@
 """Read a finished run: the one reader of agreement, specificity and whatever else looks at run folders."""
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from memloc_lens.runs.folder import read_records, score_file
+from memloc_lens.runs.folder import read_config
+from memloc_lens.runs.records import broken_seal, read_records, read_table
 from memloc_lens.runs.schema import Record
+from memloc_lens.runs.scores import read_scores, score_file
 
 
 @dataclass(frozen=True)
@@ -61,16 +61,21 @@ class FinishedRun:
             if (record["method"], record["ratio"]) == (method, ratio)
         }
 
-    def scores(self, method: str, *parts: float | int) -> dict[str, torch.Tensor]:
+    def scores(self, method: str, *parts: float | int, of: str | None = None) -> dict[str, torch.Tensor]:
         """Return the tensors of a score file.
 
+        Args:
+            method: name of the method.
+            parts: of the name of the file.
+            of: what they must have been computed from, as `origin` says. Default: anything.
+
         Raises:
-            ValueError: if the file is missing or holds no scores.
+            ValueError: if the file is missing or damaged, or holds the scores of something else.
         """
         file = score_file(self.path, method, *parts)
         try:
-            return load_file(file)
-        except (FileNotFoundError, SafetensorError) as error:
+            return read_scores(file, of)
+        except (OSError, ValueError) as error:
             raise ValueError(f"{file} holds no scores: {error}") from error
 
 
@@ -85,14 +90,36 @@ def read_run(folder: Path, benchmark: str) -> FinishedRun:
         ValueError: if the folder holds no finished run, or one of another benchmark.
     """
     try:
-        config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
-        summary = json.loads((folder / "summary.json").read_text())
-        records = read_records(folder / "records.jsonl")
+        config = read_config(folder) or {}
+        summary = read_table(folder / "summary.json")
+        is_summarized = _summarized(folder, config, summary, benchmark)
+        records = read_records(
+            folder / "records.jsonl", problem=lambda record: broken_seal(record) if is_summarized(record) else None
+        )
     except OSError as error:
         raise ValueError(f"{folder} holds no finished run: {error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
+    return FinishedRun(folder, config, summary, list(filter(is_summarized, records)))
+
+
+def _summarized(
+    folder: Path, config: dict[str, Any], summary: dict[str, Any], benchmark: str
+) -> Callable[[Record], bool]:
+    """Return a function that tells whether a record is of the methods, ratios and sequences of the summary.
+
+    Raises:
+        ValueError: if the summary is of another benchmark, or damaged.
+    """
     if summary.get("benchmark") != benchmark:
         raise ValueError(f"{folder} is a run of {summary.get('benchmark')}; give one of {benchmark}")
-    summarized = {(method, ratio) for method, cells in summary["methods"].items() for ratio in cells}
-    return FinishedRun(folder, config, summary, [r for r in records if (r["method"], str(r["ratio"])) in summarized])
+    methods, count = summary.get("methods"), summary.get("sequences")
+    if not isinstance(methods, dict) or not all(isinstance(cells, dict) for cells in methods.values()):
+        raise ValueError(f"{folder / 'summary.json'} has no methods; repeat the run to write it again")
+    known = {id for id, _ in config.get("sequences", [])[: count if isinstance(count, int) else None]}
+
+    def is_summarized(record: Record) -> bool:
+        ratios = methods.get(record["method"], {})
+        return str(record["ratio"]) in ratios and (not known or record["sequence"] in known)
+
+    return is_summarized

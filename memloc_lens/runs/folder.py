@@ -1,67 +1,112 @@
 """The run folder: configuration, records appended as they are made, scores, and the summary.
 
 An interrupted run resumes in its folder: records that are there are not made again. A last line that was cut short is
-dropped.
+dropped. One process at a time uses the folder.
 """
 
-import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.jobs import InMemory
+from memloc_lens.runs.lock import lock
+from memloc_lens.runs.records import KEY, SEAL, Problem, broken_seal, read_records, read_table, sealed, why_unusable
 from memloc_lens.runs.schema import Record, Summary
 
-GROWING = ("methods", "ratios")
-"""Parts of a configuration that a later run in the same folder may add to."""
+TABLES = ("methods", "windows")
+"""Parts of a configuration that a later run may add entries to."""
+
+LISTS = ("ratios", "sequences")
+"""Parts that a later run may add items to: ratios anywhere, sequences at the end."""
+
+PLACES = ("model", "data", "text")
+"""Parts that say where the weights, the sequences and the text are; these are identified by their content."""
+
+HISTORY = ("written_by", "extents", "threads")
+"""Parts that tell how records came about: by which versions, how often the sequences grew, and on how many threads."""
+
+SENTENCES = {
+    "weights": "the weights differ: their fingerprint",
+    "windows": "the corpus is not the one that the run began with: its hash",
+    "data_sha256": "the sequences or the text that damage is measured on differ: data_sha256",
+}
+"""How parts that are hashes are called in errors."""
+
+MOST_THREADS = 4096
 
 
 class RunFolder(InMemory):
-    """The folder of one run.
+    """The folder of one run, locked until it is closed: ``with RunFolder(...) as folder``.
 
     Args:
         path: created if it does not exist.
         config: everything that decides the values of records. A folder belongs to one configuration, to which later
-            runs may add methods and ratios.
+            runs may add methods, ratios and sequences.
         key: the fields that identify a record.
+        free: parts of the configuration that may differ between runs; the last one's are kept.
+        problem: tells what is wrong with a record that was read, if anything.
 
     Raises:
-        ValueError: if the folder belongs to another configuration, or its records cannot be read.
+        ValueError: if another process uses the folder, it belongs to another configuration, or its files cannot be
+            read.
     """
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], key: Sequence[str] = ("sequence", "method", "ratio")
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        key: Sequence[str] = KEY,
+        free: Collection[str] = (),
+        problem: Problem | None = None,
     ) -> None:
         super().__init__(*key)
         self.path = path
         self._records = path / "records.jsonl"
         wanted: dict[str, Any] = json.loads(json.dumps(config, default=str))
-        with _disk_errors(path):
+        with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            earlier = _read_config(path)
-            _check_same(path, earlier or wanted, wanted)
-            self.config = _merged(earlier or {}, wanted)
-            if self.config != earlier:
-                text = json.dumps(self.config, indent=1) + "\n"
-                _write_whole(path / "config.json", lambda part: part.write_text(text))
-            self.records: list[Record] = self._recover()
+            self._lock = lock(path)
+            try:
+                self.config = self._configured(wanted, free)
+                self.records: list[Record] = self._recover(problem)
+            except BaseException:
+                self.close()
+                raise
         for record in self.records:
             super().append(record)
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes use the folder."""
+        self._lock.release()
+
     def append(self, record: Record) -> None:
-        """Add a record; it is on the disk before this returns."""
-        with _disk_errors(self.path), self._records.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a record; it is on the disk before this returns.
+
+        Raises:
+            ValueError: if a value is NaN or infinite, or the disk cannot be written.
+        """
+        wrong = why_unusable(record, self._fields)
+        if wrong:
+            where = ", ".join(f"{name} {record.get(name)}" for name in self._fields)
+            raise ValueError(f"{where}: {wrong}; the model or its precision cannot be measured there")
+        with disk_errors(self.path), self._records.open("a") as file:
+            file.write(json.dumps(sealed(record)) + "\n")
             file.flush()
             os.fsync(file.fileno())
         self.records.append(record)
@@ -73,50 +118,114 @@ class RunFolder(InMemory):
 
     def write(self, name: str, text: str) -> None:
         """Write a file of the folder."""
-        with _disk_errors(self.path):
-            _write_whole(self.path / name, lambda part: part.write_text(text, "utf-8"))
+        with disk_errors(self.path):
+            write_whole(self.path / name, lambda part: part.write_text(text, "utf-8"))
 
-    def _recover(self) -> list[Record]:
-        if not self._records.exists():
-            return []
+    def _configured(self, wanted: dict[str, Any], free: Collection[str]) -> dict[str, Any]:
+        """Return the configuration of the folder with what this run adds, after writing it."""
+        earlier = read_config(self.path)
+        if earlier is None and self._records.exists() and self._records.stat().st_size:
+            raise ValueError(
+                f"{self.path} has records and no config.json to tell what they are of; choose another folder with --out"
+            )
+        if earlier is not None:
+            _check_same(self.path, earlier, wanted, free)
+        config = _merged(earlier or {}, wanted)
+        if config != earlier:
+            text = json.dumps(config, indent=1) + "\n"
+            write_whole(self.path / "config.json", lambda part: part.write_text(text))
+        return config
+
+    def _recover(self, problem: Problem | None) -> list[Record]:
+        """Read the records, without a last line that was cut short."""
+        if not self._records.is_file():
+            return read_records(self._records, self._fields) if self._records.exists() else []
         content = self._records.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         if whole != content:
-            _write_whole(self._records, lambda part: part.write_bytes(whole))
-        return read_records(self._records)
+            write_whole(self._records, lambda part: part.write_bytes(whole))
+        records = read_records(
+            self._records,
+            self._fields,
+            lambda record: (problem and problem(record, self.config)) or broken_seal(record),
+        )
+        return [{name: value for name, value in record.items() if name != SEAL} for record in records]
 
 
-def read_records(file: Path) -> list[Record]:
-    """Read the records of a run.
+def read_config(path: Path) -> dict[str, Any] | None:
+    """Read the configuration of a run folder; none if it has none.
 
     Raises:
-        ValueError: naming the line that is not a record.
+        ValueError: if it is damaged.
     """
-    records = []
-    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{file}, line {number}: not a record; remove the line to have it made again") from error
-    return records
-
-
-def score_file(folder: Path, method: str, *parts: float | int) -> Path:
-    """Return where a run keeps the scores of a method: of the batch that starts at a target, or of an injection."""
-    name = "-".join([method, *(f"{part:05d}" if isinstance(part, int) else f"{part:g}" for part in parts)])
-    return folder / "scores" / f"{name}.safetensors"
-
-
-def kept_scores(file: Path, compute: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a score file, computed and written first if it is missing or damaged."""
+    file = path / "config.json"
     try:
-        return load_file(file)
-    except (FileNotFoundError, SafetensorError):
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
-    with _disk_errors(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, lambda part: save_file(tensors, part))
-    return tensors
+        config = read_table(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error}; choose another folder with --out") from error
+    kinds: dict[str, type] = dict.fromkeys(TABLES, dict) | dict.fromkeys((*LISTS, "extents", "written_by"), list)
+    wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name, kind()), kind)]
+    wrong = wrong or [name for name, usable in _usable(config).items() if not usable]
+    if wrong:
+        raise ValueError(f"{file} cannot be read: its {wrong[0]} are damaged; choose another folder with --out")
+    return config
+
+
+def _is_pair_of_strings(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+
+
+def _usable(config: dict[str, Any]) -> dict[str, bool]:
+    """Return which parts of a configuration hold what they must."""
+    extents, threads = config.get("extents", []), config.get("threads", 1)
+    return {
+        "methods": all(isinstance(own, dict) for own in config.get("methods", {}).values()),
+        "ratios": all(isinstance(ratio, int | float) for ratio in config.get("ratios", [])),
+        "sequences": all(_is_pair_of_strings(sequence) for sequence in config.get("sequences", [])),
+        "extents": all(isinstance(extent, int) and extent > 0 for extent in extents)
+        and extents == sorted(set(extents))
+        and ("sequences" not in config or extents[-1:] == [len(config["sequences"])]),
+        "threads": isinstance(threads, int) and 0 < threads <= MOST_THREADS,
+    }
+
+
+@contextmanager
+def resuming(path: Path) -> Iterator[None]:
+    """Begin a run, before anything is loaded: refuse a folder that is in use or damaged, and keep its threads.
+
+    The number of threads decides how sums are rounded. So a resumed run computes with as many as the run began with,
+    also on a machine with more or fewer cores.
+
+    Args:
+        path: of the run folder, which may not exist yet.
+
+    Raises:
+        ValueError: if another process uses the folder, or its configuration is damaged.
+    """
+    if not path.is_dir():
+        yield
+        return
+    with ExitStack() as stack:
+        with disk_errors(path):
+            stack.callback(lock(path).release)
+            stack.enter_context(same_threads(read_config(path) or {}))
+        yield
+
+
+@contextmanager
+def same_threads(config: Mapping[str, Any]) -> Iterator[None]:
+    """Compute with as many threads as the run of a configuration began with."""
+    own = torch.get_num_threads()
+    wanted = config.get("threads", own)
+    if wanted != own:
+        print(f"computing on {wanted} threads, as the run began; a new --out may use {own}", file=sys.stderr)
+    torch.set_num_threads(wanted)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(own)
 
 
 @cache
@@ -129,41 +238,60 @@ def source() -> dict[str, str]:
     return {"memloc_lens": version("memloc-lens"), "source_sha256": digest.hexdigest()[:16]}
 
 
-def _read_config(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'} cannot be read: {error}; choose another folder with --out") from error
-
-
 def _merged(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """Add methods, ratios and the source that writes records now to an earlier configuration."""
+    """Add to an earlier configuration what this run brings: methods, ratios, sequences, and who writes records now."""
     merged = {**config, "written_by": list(earlier.get("written_by", []))}
     if source() not in merged["written_by"]:
         merged["written_by"].append(source())
-    if "methods" in config:
-        merged["methods"] = {**earlier.get("methods", {}), **config["methods"]}
+    for name in set(TABLES) & config.keys():
+        merged[name] = {**earlier.get(name, {}), **config[name]}
     if "ratios" in config:
         merged["ratios"] = sorted({*earlier.get("ratios", []), *config["ratios"]})
+    if "sequences" in config:
+        merged["sequences"] = max(earlier.get("sequences", []), config["sequences"], key=len)
+        extents, count = list(earlier.get("extents", [])), len(merged["sequences"])
+        merged["extents"] = extents if extents[-1:] == [count] else [*extents, count]
+    merged["threads"] = earlier.get("threads") or torch.get_num_threads()
     return merged
 
 
-def _check_same(path: Path, earlier: dict[str, Any], config: dict[str, Any]) -> None:
-    there, here = dict(_flat(earlier)), dict(_flat(config))
-    shared_methods = [f"methods.{name}." for name in earlier.get("methods", {}) if name in config.get("methods", {})]
+def _check_same(path: Path, earlier: dict[str, Any], config: dict[str, Any], free: Collection[str]) -> None:
+    if "weights" in config and "weights" not in earlier:
+        raise ValueError(
+            f"{path} has no fingerprint of the weights, since an earlier version wrote it; choose another folder with "
+            "--out"
+        )
+    parts = (earlier.keys() | config.keys()) - {*free, *HISTORY, *TABLES, *LISTS}
     differing = [
-        f"{name.removeprefix('methods.')} is {there.get(name)!r} there and {here.get(name)!r} here"
-        for name in sorted(there.keys() | here.keys())
-        if there.get(name) != here.get(name)
-        and (name.split(".")[0] not in (*GROWING, "written_by") or name.startswith(tuple(shared_methods)))
+        difference
+        for name in sorted(parts)
+        for difference in _differences({name: earlier.get(name)}, {name: config.get(name)})
     ]
+    for table in TABLES:
+        there, here = earlier.get(table, {}), config.get(table, {})
+        for name in sorted(there.keys() & here.keys()):
+            label = table if table in SENTENCES else name
+            differing += _differences({label: there[name]}, {label: here[name]})
+    for number, (there, here) in enumerate(
+        zip(earlier.get("sequences", []), config.get("sequences", []), strict=False), 1
+    ):
+        if there != here:
+            differing.append(f"sequence {number} is {there!r} there and {here!r} here")
+            break
     if differing:
         raise ValueError(
             f"{path} belongs to a run with another configuration: {'; '.join(differing)}. "
             "Choose another folder with --out"
         )
+
+
+def _differences(earlier: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    there, here = dict(_flat(earlier)), dict(_flat(config))
+    return [
+        f"{SENTENCES.get(name, name)} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    ]
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -172,27 +300,3 @@ def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    part.replace(path)
-
-
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"the disk of {path} is full; what was recorded is kept: free some space and run the same command again"
-            ) from error
-        raise ValueError(f"the run folder {path} cannot be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"the run folder {path} cannot be written: {error}; what was recorded is kept: repair it and run the same "
-            "command again"
-        ) from error

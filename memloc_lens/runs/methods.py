@@ -141,10 +141,12 @@ def checked_scores(
     device = torch.device(model.cfg.device)
     if scores.device.type != device.type:
         raise ValueError(f"{name} returned scores on {scores.device}, and the model is on {device}; move them there")
-    if scores.isnan().any():
-        index = scores.isnan().flatten(1).any(dim=1).nonzero()[0].item()
+    if not scores.isfinite().all():
+        kind = "NaN" if scores.isnan().any() else "infinite"
+        bad = scores.isnan() if scores.isnan().any() else scores.isinf()
+        index = int(bad.flatten(1).any(dim=1).nonzero()[0])
         raise ValueError(
-            f"{name} returned {int(scores.isnan().sum())} NaN scores, the first for {sequences[int(index)].id}; "
-            "components cannot be ranked by them: check its settings"
+            f"{name} returned {int(bad.sum())} {kind} scores, the first for {sequences[index].id}; components cannot "
+            "be ranked by them: check its settings, and the precision of the model"
         )
     return scores.detach().float()

@@ -2,9 +2,11 @@
 
 import hashlib
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -17,13 +19,15 @@ from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName, component_of
 from memloc_lens.memory import memory_budget, parse_memory
 from memloc_lens.models import EMBEDDED, check_device, load_model
-from memloc_lens.runs.folder import RunFolder
+from memloc_lens.runs.fingerprint import fingerprint
+from memloc_lens.runs.folder import PLACES, RunFolder
 from memloc_lens.runs.methods import AnyLocalizer, Method, configured, default_methods, name_of, resolve, settings_of
-from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.runs.records import Problem
+from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
-NOT_IDENTITY = ("out", "config", "memory", "methods")
+NOT_IDENTITY = ("out", "config", "memory", "methods", "limit")
 """Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
 
 
@@ -44,6 +48,8 @@ class RunSettings:
         dtype: Precision of weights and computation.
         memory: Maximum memory of the process on the device, such as "8GiB". Default: half of the free memory.
         seed: Seed of all draws.
+        bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
+            model's tokenizer is configured to do.
         methods: Localizers to compare, by name or with their settings. Default: all that can score the component.
     """
 
@@ -61,6 +67,7 @@ class RunSettings:
     dtype: Precision = "float32"
     memory: str | None = None
     seed: int = 0
+    bos: bool | None = None
     methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
@@ -98,37 +105,74 @@ def open_folder(
     settings: RunSettings,
     model: HookedTransformer,
     sequences: list[MemorizedSequence],
-    text: list[Any],
+    others: list[Any],
     records: int,
-    key: Sequence[str] = ("sequence", "method", "ratio"),
+    problem: Problem | None = None,
 ) -> RunFolder:
-    """Open the folder of a run, which is identified by its settings, the settings of its methods, and its data.
+    """Open the folder of a run, which is identified by its settings, its methods', the weights, and its data.
 
     Args:
         settings: of the run.
         model: of the run.
-        sequences: that the records are about.
-        text: other content that decides records.
+        sequences: that the records are about; a later run may have more.
+        others: other content that decides the value of every record.
         records: how many there will be at most with scores of their own.
-        key: the fields that identify a record.
+        problem: tells what is wrong with a record that was read, if anything.
 
     Raises:
-        ValueError: if the folder belongs to another configuration, or its disk has too little free space.
+        ValueError: if weights are NaN or infinite, the folder is in use or belongs to another configuration, or its
+            disk has too little free space.
     """
     own = {name: value for name, value in vars(settings).items() if name not in NOT_IDENTITY}
-    content = [(sequence.id, sequence.tokens.tolist(), sequence.prompt_len) for sequence in sequences]
     config = {
         **own,
         "device": str(model.cfg.device),
-        "data_sha256": hashlib.sha256(repr((content, text)).encode()).hexdigest(),
+        "weights": fingerprint(model),
+        "begins_with_bos": begins_with_bos(model, settings.bos),
+        "data_sha256": hashlib.sha256(repr(others).encode()).hexdigest(),
+        "sequences": identities(sequences),
         "methods": {name_of(localizer): settings_of(localizer) for localizer in settings.localizers()},
     }
-    folder = RunFolder(settings.out, config, key)
+    folder = RunFolder(settings.out, config, free=PLACES, problem=problem)
     needed = records * (4 * prod(component_of(settings.component).shape(model)) + 2000)
     free = shutil.disk_usage(settings.out).free
     if free < needed:
+        folder.close()
         raise ValueError(
             f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free; "
             "choose another --out"
         )
     return folder
+
+
+def identities(sequences: Sequence[MemorizedSequence]) -> list[list[str]]:
+    """Return the id of each sequence with a hash of what it is."""
+    repeated = [id for id, count in Counter(sequence.id for sequence in sequences).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} is the id of more than one sequence; every record needs its own")
+    return [
+        [
+            sequence.id,
+            hashlib.sha256(
+                repr((sequence.tokens.tolist(), sequence.prompt_len, list(sequence.category))).encode()
+            ).hexdigest()[:16],
+        ]
+        for sequence in sequences
+    ]
+
+
+def batches_of(extents: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """Return the first index of each batch of sequences and the index after its last.
+
+    No batch reaches over the end of an earlier run in the folder. So one that is extended keeps the batches it had, and
+    a resumed run has those of the run that was interrupted: sums over batches of other sizes are rounded differently.
+
+    Example:
+        >>> batches_of([4, 9], size=3)
+        [(0, 3), (3, 4), (4, 7), (7, 9)]
+    """
+    return [
+        (start, min(start + size, stop))
+        for begin, stop in pairwise([0, *extents])
+        for start in range(begin, stop, size)
+    ]

@@ -162,3 +162,22 @@ def test_the_command(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["agreement", str(run_inj), str(run_inj)])
     with pytest.raises(SystemExit, match=r"error: .* is a run of inj; give one of del"):
         agreement.main()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "x"])
+def test_what_is_no_number_is_refused_by_line(runs, value):
+    run_del, run_inj, *_ = runs
+    records = [json.loads(line) for line in (run_inj / "records.jsonl").read_text().splitlines()]
+    records[3]["recall@0.01"] = value
+    write_lines(run_inj / "records.jsonl", records)
+    with pytest.raises(ValueError, match=r"records\.jsonl, line 4: recall@0\.01 is .*, where a finite number belongs"):
+        compare(AgreementSettings(run_del, run_inj))
+
+
+def test_a_missing_metric_is_named(runs):
+    run_del, run_inj, *_ = runs
+    records = [json.loads(line) for line in (run_del / "records.jsonl").read_text().splitlines()]
+    del records[1]["self_acc"]
+    write_lines(run_del / "records.jsonl", records)
+    with pytest.raises(ValueError, match=r"del has no self_acc of a for s0"):
+        compare(AgreementSettings(run_del, run_inj))

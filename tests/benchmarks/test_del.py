@@ -357,10 +357,8 @@ def test_changed_data_is_another_configuration(small_del, tmp_path):
     run(settings)
     lines = (tmp_path / "data.jsonl").read_text().splitlines()
     (tmp_path / "data.jsonl").write_text("\n".join([lines[1], lines[0], *lines[2:]]))
-    with pytest.raises(ValueError, match="data_sha256 is"):
+    with pytest.raises(ValueError, match=r"data_sha256 is .* sequence 1 is \['s0', .* there and \['s1', .* here"):
         run(settings)
-    with pytest.raises(ValueError, match="limit is 3 there and 2 here"):
-        run(replace(settings, limit=2))
 
 
 def test_a_full_disk_is_seen_before_the_work(small_del, tmp_path, monkeypatch):

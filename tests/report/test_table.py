@@ -8,6 +8,7 @@ from rich.console import Console
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
+from memloc_lens.report.markdown import deletion_tables, injection_tables
 from memloc_lens.report.table import print_comparison, print_tuning
 
 
@@ -177,3 +178,28 @@ def test_tuning_marks_what_was_chosen():
     assert "70.0*" in rows["a lr=2"]
     assert "50.0 " in rows["a lr=1"]
     assert "5 dev texts" in " ".join(output.getvalue().split())
+
+
+HOSTILE = "[/]x m[a] :bomb: \x1b[31m a\nb \u202e|`<b>"
+SEEN = r"[/]x m[a] :bomb: \x1b[31m a\nb \u202e|`<b>"
+
+
+def test_hostile_text_is_shown_as_it_is_written(capsys, tmp_path):
+    """Of ids, paths and names of models."""
+    summary = DELETION | {"model": HOSTILE}
+    deletion.show(DeletionSettings(out=tmp_path / HOSTILE.replace("/", "")), summary | {"methods": {}})
+    made = dict(texts=4, succeeded=3, failed=[HOSTILE], steps=cell(9), loss=cell(1),
+                auroc_weight_norm=cell(0.5), auroc_norm_change=cell(0.5))  # fmt: skip
+    of_inj = summary | {"benchmark": "inj", "injections": {"0.05": made}, "methods": {}}
+    injection.show(InjectionSettings(), of_inj)
+    output = capsys.readouterr().out
+    lines = " ".join(output.split())
+    assert f"DEL on {SEEN}, 4 sequences" in lines
+    assert f"INJ on {SEEN}, 4 texts" in lines
+    assert f"5% of all neurons were too few for {SEEN}" in lines
+    assert SEEN.replace("/", "") in lines.rpartition("summary: ")[0]
+    assert not {"\x1b", "\u202e"} & set(output)
+    titled, _ = shown(DELETION | {"methods": {HOSTILE: {"0.05": {"lost": cell(1.0)}}}}, footer=[HOSTILE])
+    assert titled.count(SEEN) == 2
+    for tables in (deletion_tables(summary, COLUMNS), injection_tables(of_inj, lambda ratio: COLUMNS)):
+        assert r"\[/\]x m\[a\] :bomb: \\x1b\[31m a\\nb \\u202e|\`&lt;b&gt;" in tables

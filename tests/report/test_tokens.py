@@ -1,11 +1,13 @@
 import json
 import re
+from html.parser import HTMLParser
 
 import naive
 import pytest
 import torch
 
 from memloc_lens import MemorizedSequence, Neurons, load_sequences
+from memloc_lens.report import tokens
 from memloc_lens.report.tokens import forgetting_page, token_losses
 
 
@@ -27,12 +29,59 @@ def test_the_page_holds_tokens_and_rises(embedded):
     assert sum(props["values"]) > 48
 
 
-def test_a_token_cannot_break_out_of_the_page(embedded):
-    sequence = MemorizedSequence.from_text(embedded, "x </script><b> y", prompt_len=1)
+class Parsed(HTMLParser):
+    """What a browser makes of HTML: its text, and the tags that it holds."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.text, self.tags = "", []
+        self.feed(source)
+        self.close()
+
+    def handle_data(self, data):
+        self.text += data
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    handle_endtag = handle_decl = handle_comment = handle_pi = lambda self, tag: self.tags.append(tag)
+
+
+HOSTILE = {
+    "<iframe/src=javascript:alert(1)>": None,
+    "<br>": None,
+    "</div>": None,
+    "<!-- x": None,
+    "<img src=x onerror=alert(1)>": None,
+    "</script><b>": None,
+    "&lt;": None,
+    "&#60;": None,
+    "\\u003cb>": None,
+    "\ue000b>": None,
+    "caf\u00e9 \u6f22": None,
+    "a\tb\nc": None,
+    "a\u202eb": "a\\u202eb",
+    "a\u2028b": "a\\u2028b",
+    "a\x00b": "a\\x00b",
+    "\x1b[31m": "\\x1b[31m",
+}
+"""Texts of tokens, and what is to be seen of those that hold characters which cannot be seen."""
+
+
+@pytest.mark.parametrize(("text", "seen"), HOSTILE.items(), ids=repr)
+def test_a_token_is_shown_as_it_is_written(embedded, monkeypatch, text, seen):
+    """A tokenizer file is enough to bring such tokens."""
+    monkeypatch.setattr(tokens, "decode", lambda model, token: text)
+    sequence = MemorizedSequence([5, 6], prompt_len=1)
     neurons = Neurons(torch.zeros(embedded.cfg.n_layers, embedded.cfg.d_mlp, dtype=torch.bool))
     page = forgetting_page(embedded, sequence, neurons)
-    assert "\\u003c" in page
-    assert "<b>" not in page.split("ColoredTokens,")[-1]
+    call = page.rsplit("ColoredTokens,", 1)[1]
+    assert "<" not in call.split("</script>")[0]
+    props = json.loads(re.search(r"\s*(\{.*?\})\s*\)", call, re.DOTALL).group(1))
+    for token in props["tokens"]:
+        parsed = Parsed(token)
+        assert parsed.tags == []
+        assert parsed.text == (seen or text)
 
 
 def test_a_model_without_a_tokenizer(gpt2, sequence):

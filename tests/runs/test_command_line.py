@@ -1,7 +1,12 @@
+import errno
 import json
+import os
 import re
 import runpy
+import signal
 import sys
+import threading
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -164,11 +169,28 @@ def test_a_bad_configuration_is_one_error(tmp_path, content, message):
         ("[published]\nrandom = 3", "published.random"),
         ('[published.random]\n"0.1" = 3', "published.random.0.1"),
         ('[published.random."0.1"]\nself_acc = "low"', "published.random.0.1"),
+        ('[published.random."0.1"]\nself_acc = true', "published.random.0.1"),
+        ('[published.random."0.1"]\nself_acc = nan', "published.random.0.1"),
+        ('[published.random."0.1"]\nself_acc = 2026-01-01', "published.random.0.1"),
+        ('[published.random."0.1"]\nself_acc = [1]', "published.random.0.1"),
+        ("published = [3]", "published"),
+        ("[published.random]\nself_acc = -3", "published.random.self_acc"),
     ],
 )
-def test_published_figures_are_numbers(tmp_path, content, place):
+def test_published_figures_are_numbers(tmp_path, small_del, content, place):
     (tmp_path / "bad.toml").write_text(content)
     with pytest.raises(ValueError, match=re.escape(f"[{place}] does not hold numbers")):
+        published(tmp_path / "bad.toml")
+    with pytest.raises(ValueError, match="does not hold numbers"):  # before the run rather than after it
+        deletion.run(replace(small_del, config=tmp_path / "bad.toml", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_published_ratios_are_numbers_in_any_form(tmp_path):
+    (tmp_path / "some.toml").write_text('[published.random."0.10"]\nself_acc = -3')
+    assert published(tmp_path / "some.toml") == {"random": {"0.1": {"self_acc": -3}}}
+    (tmp_path / "bad.toml").write_text("[published.random.some]\nself_acc = -3")
+    with pytest.raises(ValueError, match=r"\[published\.random\.some\] has 'some' in place of a ratio"):
         published(tmp_path / "bad.toml")
 
 
@@ -240,6 +262,45 @@ def test_interrupts_tell_how_to_go_on():
 
     with pytest.raises(SystemExit, match="stopped; what was recorded is kept: repeat the command to resume"):
         run_command(lambda arguments: None, interrupted, print, [])
+
+
+def test_sigterm_ends_a_run_as_an_interrupt_does(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def terminated(settings):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda arguments: None, terminated, print, [])
+    assert end.value.code == 143
+    assert "stopped; what was recorded is kept: repeat the command to resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_command_runs_in_a_thread_too(capsys):
+    thread = threading.Thread(target=run_command, args=(" ".join, str.upper, lambda *shown: print(shown[1]), ["word"]))
+    thread.start()
+    thread.join()
+    assert capsys.readouterr().out == "WORD\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("bad \x1b[31m id\nand more"), r"error: bad \x1b[31m id\nand more"),
+        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "error: /tmp/x: No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/x']"), "error: No usable temp"),
+        (PermissionError(errno.EROFS, "Read-only file system"), "error: Read-only file system"),
+    ],
+)
+def test_errors_are_one_line(error, line):
+    def torn(settings):
+        raise error
+
+    with pytest.raises(SystemExit, match="^" + re.escape(line)) as end:
+        run_command(lambda arguments: None, torn, print, [])
+    assert str(end.value).isprintable()
 
 
 def test_results_are_shown_and_arguments_are_those_given(capsys):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -68,3 +69,33 @@ def test_folders_that_hold_no_such_run(run, tmp_path):
         spoil(run / "scores" / "random-00000.safetensors")
         with pytest.raises(ValueError, match=r"random-00000\.safetensors holds no scores"):
             whole.scores("random", 0)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "config.json"])
+@pytest.mark.parametrize("content", ["[]", "null", "", "{", '{"benchmark": "del"}', '{"methods": 3}', "[" * 100_000])
+def test_damaged_tables_are_one_error(run, name, content):
+    (run / name).write_text(content)
+    try:
+        read_run(run, "del")
+    except ValueError as error:
+        said = str(error)
+    else:
+        said = ""
+        assert name == "config.json"  # without a fingerprint, as old runs
+        assert content.startswith('{"')
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize("value", ["NaN", "null", '"x"', "1e999", "-3.25"])
+def test_damaged_records_are_one_error(run, value):
+    lines = (run / "records.jsonl").read_text().splitlines(keepends=True)
+    lines[-1] = re.sub('"self_acc": [^,]*', f'"self_acc": {value}', lines[-1])
+    (run / "records.jsonl").write_text("".join(lines))
+    with pytest.raises(ValueError, match=rf"records\.jsonl, line {len(lines)}: .*; remove the line to have"):
+        read_run(run, "del")
+
+
+def test_scores_of_another_batch_are_refused(run):
+    shutil.copy(run / "scores" / "random-00000.safetensors", run / "scores" / "random-00002.safetensors")
+    with pytest.raises(ValueError, match=r"random-00002.* holds no scores: they belong to random-00000\.safetensors"):
+        read_run(run, "del").scores("random", 2)

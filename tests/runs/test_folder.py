@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memloc_lens.runs import folder as folder_module
-from memloc_lens.runs.folder import RunFolder, kept_scores, score_file, source
+from memloc_lens.runs.folder import RunFolder, source
+from memloc_lens.runs.scores import kept_scores, score_file
 
 ZERO_OUT = {"callable": "memloc_lens:ZeroOut", "first_layer": 1}
 CONFIG = {"model": "m", "ratios": (0.1,), "methods": {"zero-out": ZERO_OUT}}
@@ -155,3 +156,11 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         RunFolder(tmp_path / "file" / "run", CONFIG)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "x", [1.0], {"a": float("nan")}])
+def test_a_value_that_is_no_finite_number_is_not_recorded(tmp_path, value):
+    folder = RunFolder(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=r"sequence a, method zero-out, ratio 0\.1: self_acc is .*, where a finite"):
+        folder.append(RECORD | {"self_acc": value})
+    assert not (tmp_path / "records.jsonl").exists()

@@ -186,6 +186,7 @@ def test_bad_scores_are_refused_by_method(gpt2):
         (None, "mine returned NoneType for 2 sequences"),
         (good.to("meta"), "mine returned scores on meta, and the model is on cpu; move them there"),
         (with_nan, "mine returned 2 NaN scores, the first for random-1; components cannot be ranked by them"),
+        (good / (good != good[1, 0, 0]), "mine returned 1 infinite scores, the first for random-1; components cannot"),
     ):
 
         def mine(model, rows, scores=scores):

@@ -1,0 +1,90 @@
+"""Score files of a run: each says what it belongs to, so that one that is damaged or swapped is noticed."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from memloc_lens.runs.disk import disk_errors, write_whole
+from memloc_lens.runs.folder import HISTORY, LISTS, PLACES, TABLES
+
+Tensors = dict[str, torch.Tensor]
+
+
+def score_file(folder: Path, method: str, *parts: float | int) -> Path:
+    """Return where a run keeps the scores of a method: of the batch that starts at a target, or of an injection."""
+    name = "-".join([method, *(f"{part:05d}" if isinstance(part, int) else f"{part:g}" for part in parts)])
+    return folder / "scores" / f"{name}.safetensors"
+
+
+def origin(config: Mapping[str, Any], method: str, start: int, stop: int) -> str:
+    """Return a hash of what scores are computed from: the weights, the settings, the method, and the sequences.
+
+    Args:
+        config: of the run.
+        method: name of the method.
+        start: index of the first sequence.
+        stop: index after the last sequence.
+    """
+    free = {*PLACES, *HISTORY, *LISTS, *TABLES}
+    shared = {name: value for name, value in sorted(config.items()) if name not in free}
+    own = (config["methods"].get(method), config["sequences"][start:stop])
+    return hashlib.sha256(json.dumps([shared, own]).encode()).hexdigest()
+
+
+def kept_scores(file: Path, compute: Callable[[], Tensors], of: str = "") -> Tensors:
+    """Return the tensors of a score file, computed and written first if it is missing, damaged, or of something else.
+
+    Args:
+        file: from `score_file`.
+        compute: makes the tensors.
+        of: what they are computed from, as `origin` says.
+    """
+    try:
+        return read_scores(file, of)
+    except (OSError, ValueError):
+        tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
+    belongs = {"file": file.name, "of": of, "sha256": _sha256(tensors)}
+    with disk_errors(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, lambda part: save_file(tensors, part, belongs))
+    return tensors
+
+
+def read_scores(file: Path, of: str | None = None) -> Tensors:
+    """Read the tensors of a score file.
+
+    Args:
+        file: from `score_file`.
+        of: what they must have been computed from. Default: anything.
+
+    Raises:
+        ValueError: if the file is damaged, or holds the scores of something else.
+        OSError: if it cannot be read.
+    """
+    if file.exists() and not file.is_file():
+        raise ValueError("not a regular file")
+    try:
+        with safe_open(file, "pt") as content:
+            belongs = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118 (it is no dict)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+    if belongs.get("sha256") != _sha256(tensors):
+        raise ValueError("its content is not what was written")
+    if belongs["file"] != file.name or of not in (None, belongs["of"]):
+        raise ValueError(f"they belong to {belongs['file']} of another run or sequence")
+    return tensors
+
+
+def _sha256(tensors: Tensors) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, tensor.dtype, list(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
