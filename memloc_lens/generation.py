@@ -7,6 +7,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.checks import check_model
+from memloc_lens.isolation import isolated
 from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
@@ -28,20 +30,22 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
         >>> torch.equal(free_running(model, [sequence])[0], sequence.suffix)
         True
     """
+    model = check_model(model)
     sequences = check_sequences(model, sequences)
     predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
-        generated = model.generate(
-            group.tokens[:, : group.prompt_len].to(model.cfg.device),
-            max_new_tokens=group.suffix_len,
-            do_sample=False,
-            stop_at_eos=False,
-            use_past_kv_cache=generates_with_cache(model),
-            prepend_bos=False,
-            verbose=False,
-        )
-        for index, predicted in zip(indices, generated[:, group.prompt_len :].cpu(), strict=True):
-            predictions[index] = predicted
+    with isolated(model):
+        for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
+            generated = model.generate(
+                group.tokens[:, : group.prompt_len].to(model.cfg.device),
+                max_new_tokens=group.suffix_len,
+                do_sample=False,
+                stop_at_eos=False,
+                use_past_kv_cache=generates_with_cache(model),
+                prepend_bos=False,
+                verbose=False,
+            )
+            for index, predicted in zip(indices, generated[:, group.prompt_len :].cpu(), strict=True):
+                predictions[index] = predicted
     return predictions
 
 
