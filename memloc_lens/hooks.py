@@ -5,7 +5,7 @@ under the package's own edits, which treat every position and every copy alike; 
 fast form asks `hooked` about the modules that it treats so, and takes the plain way if there is a hook.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -85,6 +85,20 @@ def check_no_hook_on_itself(model: HookedTransformer) -> None:
             "the model itself has a hook, which would also act on passes through some of its layers; remove it, or "
             "hook a part of the model, such as unembed"
         )
+
+
+def check_no_backward_hooks(model: HookedTransformer, names: Iterable[str]) -> None:
+    """Refuse backward hooks at hook points where a method changes activations: the change would not pass the hook.
+
+    Raises:
+        ValueError: naming the hook point.
+    """
+    for name in names:
+        if model.hook_dict[name]._backward_hooks or model.hook_dict[name]._backward_pre_hooks:
+            raise ValueError(
+                f"{name} has a backward hook, and this method changes the activations there, which the hook would miss; "
+                "remove it"
+            )
 
 
 def _inside(model: HookedTransformer, part: str) -> Iterator[tuple[str, nn.Module]]:

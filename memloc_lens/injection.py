@@ -37,7 +37,7 @@ from memloc_lens.components import (
     post,
 )
 from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
-from memloc_lens.hooks import own
+from memloc_lens.hooks import check_no_backward_hooks, own
 from memloc_lens.isolation import gradients_possible
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.turns import turn
@@ -114,6 +114,7 @@ def inject(
         raise ValueError("keep_norms keeps the lengths of rows of W_out; it needs component='neuron'")
     check_sequences(model, [sequence])
     _check_weights_are_parameters(model)
+    check_no_backward_hooks(model, map(post, range(model.cfg.n_layers)))
     with turn(model, context=True):
         with gradients_possible(model):
             whole = Batch(sequence.tokens[None].to(model.cfg.device).clone(), prompt_len=1)

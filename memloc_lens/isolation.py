@@ -47,3 +47,26 @@ def gradients_possible(model: HookedTransformer) -> Iterator[None]:
         return
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextmanager
+def in_float32(model: HookedTransformer) -> Iterator[None]:
+    """Hold the weights of a model in half precision in float32, too, and compute with those, while the context is open.
+
+    That takes 4 bytes more for each parameter. A model in float32 or float64 stays as it is.
+    """
+    lower = model.cfg.dtype
+    if lower in (torch.float32, torch.float64):
+        yield
+        return
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == lower]
+    originals = [tensor.data for tensor in tensors]
+    try:
+        model.cfg.dtype = torch.float32
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        model.cfg.dtype = lower
+        for tensor, original in zip(tensors, originals, strict=True):
+            tensor.data = original

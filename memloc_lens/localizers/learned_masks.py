@@ -26,9 +26,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import NEURONS, WEIGHTS, Component, ComponentName, component_of, post
+from memloc_lens.components import HEADS, NEURONS, WEIGHTS, Component, ComponentName, component_of, post
 from memloc_lens.forward import norm_after_mlp, run_layers, target_loss
-from memloc_lens.hooks import hooked, hooked_after_neurons
+from memloc_lens.hooks import check_no_backward_hooks, hooked, hooked_after_neurons
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
 
@@ -161,6 +161,8 @@ def _score(
 ) -> Float[Tensor, "..."]:
     model = check_model(model)
     component = component_of(settings.component)
+    source = HEADS if component is HEADS else NEURONS  # a weight of W_out multiplies its neuron's activation
+    check_no_backward_hooks(model, map(source.activations_at, range(settings.first_layer, model.cfg.n_layers)))
     return score(
         model,
         sequences,

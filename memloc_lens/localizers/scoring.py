@@ -80,8 +80,8 @@ def score(
             )
         )
 
-    scores = torch.zeros(len(listed), *component.shape(model), device=device, dtype=torch.float32)
     with frozen(model):
+        scores = torch.zeros(len(listed), *component.shape(model), device=device, dtype=torch.float32)
         if rows_each > 1:
             _check_copies_agree(model, listed[0].tokens.to(device))
         for indices, group in equal_length_batches(listed, len(listed)):

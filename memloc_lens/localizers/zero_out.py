@@ -15,6 +15,8 @@ zeroed.
 
 With `candidates` below 1, one backward pass first estimates every rise from the gradient, and only the share of each
 layer's components with the highest estimates is scored exactly.
+
+The weights of a model in half precision are held in float32, too, while it runs.
 """
 
 from collections.abc import Sequence
@@ -43,6 +45,7 @@ from memloc_lens.forward import (
     target_loss,
 )
 from memloc_lens.hooks import END, hooked, hooked_after_neurons
+from memloc_lens.isolation import in_float32
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -94,8 +97,12 @@ class ZeroOut:
             rows_each=prod(component.shape(model)[1:]),
         )
 
-    @torch.no_grad()
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
+        # a rise is a small difference of two losses: in half precision it would be noise
+        with torch.no_grad(), in_float32(model):
+            return self._rises(model, batch)
+
+    def _rises(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
         clean = clean_pass(model, batch.tokens)
         clean_loss = target_loss(model, at_targets(model, clean.streams[-1], batch), batch)
         losses_without = _losses_without_head if self.component == "head" else _losses_without_neuron
@@ -185,7 +192,6 @@ def _has_plain_end(model: HookedTransformer) -> bool:
         model.cfg.normalization_type in ("LN", "RMS")
         and not hooked(model, *END)
         and model.cfg.output_logits_soft_cap <= 0
-        and model.cfg.dtype in (torch.float32, torch.float64)
     )
 
 
