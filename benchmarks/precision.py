@@ -57,7 +57,10 @@ def main() -> None:
             scores = localizer(model, sequence)
             figures = [measure(scores, expected) for measure in (correlation, lowest_correlation, top_overlap)]
             component = getattr(localizer, "component", "neuron")
-            print(f"| {localizer.name} | {component} | {name} | " + " | ".join(f"{x:.4f}" for x in figures) + " |", flush=True)
+            print(
+                f"| {localizer.name} | {component} | {name} | " + " | ".join(f"{x:.4f}" for x in figures) + " |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -72,7 +72,9 @@ def ablate(
             if kind == "scale":
                 edits[layer] = partial(_scaled, torch.where(members, factor, 1.0))
             else:
-                edits[layer] = partial(_replaced, members, torch.zeros(()) if means is None else means[layer])
+                edits[layer] = partial(
+                    _replaced, members, torch.zeros((), device="cpu") if means is None else means[layer]
+                )
     with turn(model, context=True), component.edited(model, edits):
         yield
 

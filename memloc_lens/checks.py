@@ -201,3 +201,8 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return "nothing" if value is None else f"of type {type(value).__module__}.{type(value).__qualname__}"
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of an error of another library, short and in one line."""
+    return " ".join(str(error).split())[:120]

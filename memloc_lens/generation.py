@@ -13,7 +13,7 @@ from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 
-Predictions = list[Int[Tensor, " suffix"]]
+Predictions = list[Int[Tensor, " _"]]
 """For each sequence the suffix that the model predicts, on the CPU."""
 
 
@@ -32,7 +32,7 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
     """
     model = check_model(model)
     sequences = check_sequences(model, sequences)
-    predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
+    predictions: Predictions = [torch.empty(0, dtype=torch.long, device="cpu")] * len(sequences)
     with isolated(model):
         for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
             generated = model.generate(

@@ -62,7 +62,7 @@ def teacher_forced(
     """
     model = check_model(model)
     sequences = check_sequences(model, sequences)
-    predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
+    predictions: Predictions = [torch.empty(0, dtype=torch.long, device="cpu")] * len(sequences)
     with isolated(model):
         for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
             logits = target_logits(model, final_residual(model, group, prefix), group)
@@ -74,9 +74,8 @@ def teacher_forced(
 def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> Float[Tensor, " sequence"]:
     """Return the share of the tokens of each suffix that are predicted right, in points (0 to 100)."""
     pairs = zip(predictions, sequences, strict=True)
-    return torch.tensor(
-        [100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs]
-    )
+    shares = [100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs]
+    return torch.tensor(shares, dtype=torch.float32, device="cpu")
 
 
 def text_distance(
@@ -93,7 +92,7 @@ def text_distance(
     for predicted, sequence in zip(predictions, sequences, strict=True):
         prompt = sequence.tokens[: sequence.prompt_len].cpu()
         distances.append(Levenshtein.distance(sequence.text(model), decode(model, torch.cat([prompt, predicted]))))
-    return torch.tensor(distances, dtype=torch.float32)
+    return torch.tensor(distances, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -177,7 +176,7 @@ def text_rows(model: HookedTransformer, texts: Sequence[str], tokens: int, lengt
     rows = min(len(stream), tokens) // length
     if rows == 0:
         raise ValueError(f"{min(len(stream), tokens)} tokens of text do not fill one row of {length}; give more text")
-    return torch.tensor(stream[: rows * length]).view(rows, length)
+    return torch.tensor(stream[: rows * length], device="cpu").view(rows, length)
 
 
 def recall(gold: ComponentSet, predicted: ComponentSet) -> float:

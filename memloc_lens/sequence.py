@@ -109,7 +109,7 @@ class MemorizedSequence:
 def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
     """Turn a list, an array or a tensor into one row of token ids."""
     try:
-        row = torch.as_tensor(tokens)
+        row = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         shown = " ".join(str(tokens).split())[:60]
         raise ValueError(f"sequence {id!r} has tokens {shown}; tokens must be whole numbers") from error

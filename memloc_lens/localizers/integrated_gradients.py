@@ -37,7 +37,7 @@ from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities.activation_functions import apply_softcap
 
-from memloc_lens.checks import check_model, check_number
+from memloc_lens.checks import check_model, check_number, in_one_line
 from memloc_lens.components import HEADS, NEURONS, Hook, post
 from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_losses
 from memloc_lens.hooks import hooked, hooked_at
@@ -150,7 +150,7 @@ def _check_prefixes_agree(model: HookedTransformer, tokens: Int[Tensor, "row pos
         prefix = model(tokens[:, :-1], return_type="logits")
         agree = bool((prefix - whole).abs().max() <= 1e-3 * whole.abs().max())
     except Exception as error:
-        raise ValueError(f"{name} has a hook that fails on a prefix of the sequence: {error}") from error
+        raise ValueError(f"{name} has a hook that fails on a prefix of the sequence: {in_one_line(error)}") from error
     if not agree:
         raise ValueError(
             f"{name} has a hook that changes a prefix of the sequence in another way than the whole, and integrated "

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_first_layer, check_model
+from memloc_lens.checks import check_first_layer, check_model, in_one_line
 from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
 from memloc_lens.memory import in_chunks, rows_at_once
@@ -101,7 +101,9 @@ def _check_copies_agree(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -
         copies = model(tokens.repeat(3, 1), return_type="logits")
         agree = bool((copies - alone).abs().max() <= 1e-3 * alone.abs().max())
     except Exception as error:
-        raise ValueError(f"{name} has a hook that fails on a batch of copies of the sequence: {error}") from error
+        raise ValueError(
+            f"{name} has a hook that fails on a batch of copies of the sequence: {in_one_line(error)}"
+        ) from error
     if not agree:
         raise ValueError(
             f"{name} has a hook that changes copies of the sequence in one batch in different ways, and this method "

@@ -3,12 +3,12 @@
 import naive
 import pytest
 import torch
+from tiny import tiny_model, tiny_sequence
 
 from memloc_lens import COMPONENTS, HardConcrete, IntegratedGradients, Slimming, ZeroOut, ablate, inject, top_neurons
 from memloc_lens.localizers import integrated_gradients, zero_out
 from memloc_lens.metrics import free_running, suffix_loss, teacher_forced
 from memloc_lens.models import prepare
-from tiny import tiny_model, tiny_sequence
 
 SEQUENCE = tiny_sequence(length=9)
 TRAINING = dict(steps=2, lr=0.05, penalty=2.0)
@@ -98,7 +98,9 @@ def test_a_faster_pass_is_the_same(name):
     assert torch.allclose(model(SEQUENCE.tokens[None]), logits, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["alibi", "capped attention", "Gemma 2", "OLMo 2", "norms of queries and keys, rotary"])
+@pytest.mark.parametrize(
+    "name", ["alibi", "capped attention", "Gemma 2", "OLMo 2", "norms of queries and keys, rotary"]
+)
 def test_families_have_the_fast_form(name, monkeypatch):
     monkeypatch.setattr(integrated_gradients, "clean_pass", None)
     IntegratedGradients(steps=2)(tiny_model(**CONFIGURATIONS[name]), SEQUENCE)

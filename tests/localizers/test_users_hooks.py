@@ -3,6 +3,7 @@
 import naive
 import pytest
 import torch
+from tiny import tiny_model, tiny_sequence
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -24,7 +25,6 @@ from memloc_lens.forward import PrefixCache, final_residual
 from memloc_lens.hooks import hooked
 from memloc_lens.metrics import row_losses, suffix_loss, teacher_forced
 from memloc_lens.sequence import Batch
-from tiny import tiny_model, tiny_sequence
 
 SEQUENCE = tiny_sequence(length=7)
 EARLY = [f"blocks.0.{part}" for part in ("hook_resid_pre", "attn.hook_v", "mlp.hook_post", "hook_mlp_out")]
