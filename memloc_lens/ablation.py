@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_model, check_not_compiled, check_number, described
+from memloc_lens.checks import check_choice, check_model, check_number, described
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
 from memloc_lens.forward import at_least_float32
 from memloc_lens.isolation import isolated
@@ -37,7 +38,7 @@ def ablate(
     """Ablate neurons, heads or single weights at every position: in forward passes, gradients and generation.
 
     Contexts nest. An exception inside leaves the model as clean as a normal exit. Meanwhile other threads cannot work
-    with the model.
+    with the model. If it was compiled (`torch.compile(model)`), it is compiled again inside, and once more afterwards.
 
     Args:
         model: its weights stay as they are.
@@ -49,21 +50,21 @@ def ablate(
         factor: for `"scale"` alone.
 
     Raises:
-        ValueError: if the components have another model's shape, the kind is unknown, `"mean"` is asked for without
-            text or for single weights, or the model is compiled.
+        ValueError: if the components have another model's shape, the kind is unknown, or `"mean"` is asked for
+            without text or for single weights.
 
     Example:
         >>> neurons = top_neurons(Activations()(model, sequence), ratio=0.05, first_layer=1)
         >>> with ablate(model, neurons):
         ...     tokens = model.generate(sequence.prompt, max_new_tokens=8, verbose=False)
     """
-    check_not_compiled(model)
-    check_model(model)
+    model = check_model(model)
     check_choice("kind", kind, get_args(Ablation))
     check_number("factor", factor)
     sets = [components] if isinstance(components, ComponentSet) else components
     component = _common_component(model, sets)
     means = _means(model, over, component) if kind == "mean" else None
+    zero = torch.zeros((), device="cpu")
     edits: dict[int, Edit] = {}
     for layer in range(model.cfg.n_layers):
         rows = [members.layer(layer).to(model.cfg.device) for members in sets]
@@ -75,7 +76,7 @@ def ablate(
                 edits[layer] = partial(
                     _replaced, members, torch.zeros((), device="cpu") if means is None else means[layer]
                 )
-    with turn(model, context=True), component.edited(model, edits):
+    with turn(model, context=True), component.edited(model, edits), _seen_by_compiled_code(model):
         yield
 
 
@@ -104,15 +105,31 @@ def mask(model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], f
         first_layer: layers before it are left alone.
 
     Raises:
-        ValueError: if the mask has another model's shape, or the model is compiled.
+        ValueError: if the mask has another model's shape.
 
     Example:
         >>> with mask(model, torch.ones(6, 768)):
         ...     loss = model(sequence.tokens, return_type="loss")
     """
-    check_not_compiled(model)
-    with turn(check_model(model), context=True), NEURONS.masked(model, values, first_layer):
+    model = check_model(model)
+    with turn(model, context=True), NEURONS.masked(model, values, first_layer), _seen_by_compiled_code(model):
         yield
+
+
+@contextmanager
+def _seen_by_compiled_code(model: HookedTransformer) -> Iterator[None]:
+    """Let code compiled before be compiled again with the hooks that are open, which it would pass by."""
+    _forget_compiled_code(model)
+    try:
+        yield
+    finally:
+        _forget_compiled_code(model)
+
+
+def _forget_compiled_code(model: HookedTransformer) -> None:
+    """Drop what `torch.compile` keeps of the model's forward pass, if anything."""
+    if _debug_get_cache_entry_list(type(model).forward.__code__):
+        torch.compiler.reset()
 
 
 def _means(model: HookedTransformer, over: Any, component: Component) -> Float[Tensor, " layer *activation"]:

@@ -96,8 +96,8 @@ def check_no_backward_hooks(model: HookedTransformer, names: Iterable[str]) -> N
     for name in names:
         if model.hook_dict[name]._backward_hooks or model.hook_dict[name]._backward_pre_hooks:
             raise ValueError(
-                f"{name} has a backward hook, and this method changes the activations there, which the hook would miss; "
-                "remove it"
+                f"{name} has a backward hook, and this method changes the activations there, which the hook would "
+                "miss; remove it"
             )
 
 

@@ -13,9 +13,11 @@ from transformer_lens import HookedTransformer
 
 from conftest import assert_same_state, state_of
 from memloc_lens import (
+    COMPONENTS,
     HEADS,
     WEIGHTS,
     Activations,
+    ComponentSet,
     HardConcrete,
     IntegratedGradients,
     MemorizedSequence,
@@ -100,9 +102,8 @@ def expected(model) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("surroundings", SURROUNDINGS.values(), ids=SURROUNDINGS)
-@pytest.mark.parametrize("is_training", [False, True])
-def test_same_values(model, expected, surroundings, is_training):
-    model.train(is_training)
+def test_same_values(model, expected, surroundings):
+    model.train(surroundings is torch.no_grad)
     before = state_of(model)
     with surroundings():
         found = everything(model, SEQUENCES)
@@ -239,12 +240,25 @@ def test_localizers_and_metrics_run_the_model_inside_a_compiled_one(model):
     assert check_model(compiled) is model
     for work in (ZeroOut(), Slimming(steps=2), suffix_loss, mean_activations):
         assert torch.equal(work(compiled, SEQUENCES), work(model, SEQUENCES))
-    with inject(compiled, SEQUENCES[0], ratio=0.5) as injected, torch.no_grad():
-        assert injected.succeeded
+    with inject(compiled, SEQUENCES[0], ratio=0.5, max_steps=2), torch.no_grad():
         assert torch.equal(compiled(SEQUENCES[0].tokens[None]), model(SEQUENCES[0].tokens[None]))
-    for context, given in ((ablate, top_neurons(torch.rand(2, 6), 0.5)), (mask, torch.ones(2, 6))):
-        with pytest.raises(ValueError, match="the model is compiled, and compiled code does not see the hooks"):
-            context(compiled, given).__enter__()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("component", COMPONENTS.values(), ids=COMPONENTS)
+@pytest.mark.parametrize("is_given_compiled", [False, True])
+@torch.no_grad()
+def test_an_ablation_acts_on_a_model_compiled_before(component, is_given_compiled):
+    model = tiny_model()
+    compiled, tokens = torch.compile(model, backend="eager"), SEQUENCES[0].tokens[None]
+    clean = compiled(tokens)
+    components = ComponentSet(torch.ones(component.shape(model), dtype=torch.bool), component)
+    with ablate(compiled if is_given_compiled else model, components):
+        ablated = model(tokens)
+        assert not torch.allclose(ablated, clean, atol=0.1)
+        assert torch.allclose(compiled(tokens), ablated, atol=1e-12)
+        assert torch.equal(suffix_loss(compiled, SEQUENCES), suffix_loss(model, SEQUENCES))
+    assert torch.allclose(compiled(tokens), clean, atol=1e-12)
 
 
 @pytest.mark.parametrize(

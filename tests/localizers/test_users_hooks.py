@@ -1,5 +1,7 @@
 """Every localizer under hooks of the user's own, against its formula."""
 
+from contextlib import ExitStack
+
 import naive
 import pytest
 import torch
@@ -232,8 +234,10 @@ def test_a_prefix_cache_sees_hooks_after_its_layer():
 def test_edits_of_the_package_leave_the_fast_forms_on():
     model = tiny_model()
     assert not hooked(model)
-    with NEURONS.masked(model, torch.ones(2, 6)), HEADS.masked(model, torch.ones(2, 2)):
-        with WEIGHTS.masked(model, torch.ones(2, 6, 8)):
-            assert not hooked(model)
-            with model.hooks(fwd_hooks=[("hook_embed", twice)]):
-                assert hooked(model) == "hook_embed"
+    ones = (NEURONS, (2, 6)), (HEADS, (2, 2)), (WEIGHTS, (2, 6, 8))
+    with ExitStack() as stack:
+        for component, shape in ones:
+            stack.enter_context(component.masked(model, torch.ones(shape)))
+        assert not hooked(model)
+        stack.enter_context(model.hooks(fwd_hooks=[("hook_embed", twice)]))
+        assert hooked(model) == "hook_embed"
