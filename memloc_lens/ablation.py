@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_model, check_number, described
+from memloc_lens.checks import check_choice, check_model, check_not_compiled, check_number, described
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
 from memloc_lens.forward import at_least_float32
 from memloc_lens.isolation import isolated
@@ -38,7 +38,7 @@ def ablate(
     """Ablate neurons, heads or single weights at every position: in forward passes, gradients and generation.
 
     Contexts nest. An exception inside leaves the model as clean as a normal exit. Meanwhile other threads cannot work
-    with the model. If it was compiled (`torch.compile(model)`), it is compiled again inside, and once more afterwards.
+    with the model.
 
     Args:
         model: its weights stay as they are.
@@ -50,15 +50,16 @@ def ablate(
         factor: for `"scale"` alone.
 
     Raises:
-        ValueError: if the components have another model's shape, the kind is unknown, or `"mean"` is asked for
-            without text or for single weights.
+        ValueError: if the components have another model's shape, the kind is unknown, `"mean"` is asked for without
+            text or for single weights, or the model is compiled.
 
     Example:
         >>> neurons = top_neurons(Activations()(model, sequence), ratio=0.05, first_layer=1)
         >>> with ablate(model, neurons):
         ...     tokens = model.generate(sequence.prompt, max_new_tokens=8, verbose=False)
     """
-    model = check_model(model)
+    check_not_compiled(model)
+    check_model(model)
     check_choice("kind", kind, get_args(Ablation))
     check_number("factor", factor)
     sets = [components] if isinstance(components, ComponentSet) else components
@@ -73,9 +74,7 @@ def ablate(
             if kind == "scale":
                 edits[layer] = partial(_scaled, torch.where(members, factor, 1.0))
             else:
-                edits[layer] = partial(
-                    _replaced, members, torch.zeros((), device="cpu") if means is None else means[layer]
-                )
+                edits[layer] = partial(_replaced, members, zero if means is None else means[layer])
     with turn(model, context=True), component.edited(model, edits), _seen_by_compiled_code(model):
         yield
 
@@ -105,20 +104,24 @@ def mask(model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], f
         first_layer: layers before it are left alone.
 
     Raises:
-        ValueError: if the mask has another model's shape.
+        ValueError: if the mask has another model's shape, or the model is compiled.
 
     Example:
         >>> with mask(model, torch.ones(6, 768)):
         ...     loss = model(sequence.tokens, return_type="loss")
     """
-    model = check_model(model)
-    with turn(model, context=True), NEURONS.masked(model, values, first_layer), _seen_by_compiled_code(model):
+    check_not_compiled(model)
+    with (
+        turn(check_model(model), context=True),
+        NEURONS.masked(model, values, first_layer),
+        _seen_by_compiled_code(model),
+    ):
         yield
 
 
 @contextmanager
 def _seen_by_compiled_code(model: HookedTransformer) -> Iterator[None]:
-    """Let code compiled before be compiled again with the hooks that are open, which it would pass by."""
+    """Let what `torch.compile` made of the model be compiled again, since it does not see new hooks."""
     _forget_compiled_code(model)
     try:
         yield

@@ -43,6 +43,19 @@ def check_model(model: object) -> HookedTransformer:
     return model
 
 
+def check_not_compiled(model: object) -> None:
+    """Refuse a compiled model where hooks are to act on the user's own calls.
+
+    Raises:
+        ValueError: naming the model to give.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "the model is compiled, and compiled code does not see the hooks of an ablation; give the model that "
+            "torch.compile was given, and run that one"
+        )
+
+
 def _unsupported(cfg: Any) -> dict[str, tuple[bool, str]]:
     """Return what a configuration can have that the methods are not defined for: whether it does, and why not."""
     return {

@@ -13,11 +13,9 @@ from transformer_lens import HookedTransformer
 
 from conftest import assert_same_state, state_of
 from memloc_lens import (
-    COMPONENTS,
     HEADS,
     WEIGHTS,
     Activations,
-    ComponentSet,
     HardConcrete,
     IntegratedGradients,
     MemorizedSequence,
@@ -35,7 +33,7 @@ from memloc_lens import (
 from memloc_lens.checks import check_model
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, suffix_loss, teacher_forced
 
-SEQUENCES = [tiny_sequence(1), tiny_sequence(2), tiny_sequence(3, length=6)]
+SEQUENCES = [tiny_sequence(1, length=7), tiny_sequence(2, length=6)]
 LOCALIZERS = (
     Activations(),
     WeightNorm(),
@@ -44,8 +42,8 @@ LOCALIZERS = (
     ZeroOut(component="head"),
     ZeroOut(candidates=0.5),
     IntegratedGradients(steps=2),
-    *(Slimming(steps=2, component=component) for component in ("neuron", "head", "weight")),
-    *(HardConcrete(steps=2, component=component) for component in ("neuron", "head", "weight")),
+    *(Slimming(steps=1, component=component) for component in ("neuron", "head", "weight")),
+    HardConcrete(steps=1),
 )
 
 
@@ -136,7 +134,7 @@ def test_a_model_made_in_inference_mode_is_refused():
     for work in (lambda: Slimming()(model, SEQUENCES), lambda: inject(model, SEQUENCES[0], ratio=0.5).__enter__()):
         with pytest.raises(ValueError, match=r"the model was made inside torch\.inference_mode\(\)"):
             work()
-    assert suffix_loss(model, SEQUENCES).shape == (3,)
+    assert suffix_loss(model, SEQUENCES).shape == (2,)
 
 
 def in_threads(works: list[Callable]) -> tuple[dict[int, object], list[Exception]]:
@@ -184,7 +182,7 @@ def test_threads_with_contexts_are_right_or_refused(model):
 
     works = [*(lambda index=index: ablated(index) for index in range(6)), injected, injected]
     expected = [work() for work in works]
-    for _ in range(5):
+    for _ in range(3):
         found, errors = in_threads(works)
         assert all(torch.equal(one, expected[index]) for index, one in found.items())
         assert found
@@ -240,25 +238,20 @@ def test_localizers_and_metrics_run_the_model_inside_a_compiled_one(model):
     assert check_model(compiled) is model
     for work in (ZeroOut(), Slimming(steps=2), suffix_loss, mean_activations):
         assert torch.equal(work(compiled, SEQUENCES), work(model, SEQUENCES))
-    with inject(compiled, SEQUENCES[0], ratio=0.5, max_steps=2), torch.no_grad():
-        assert torch.equal(compiled(SEQUENCES[0].tokens[None]), model(SEQUENCES[0].tokens[None]))
+    for context, given in ((ablate, top_neurons(torch.rand(2, 6), 0.5)), (mask, torch.ones(2, 6))):
+        with pytest.raises(ValueError, match="the model is compiled, and compiled code does not see the hooks"):
+            context(compiled, given).__enter__()
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("component", COMPONENTS.values(), ids=COMPONENTS)
-@pytest.mark.parametrize("is_given_compiled", [False, True])
-@torch.no_grad()
-def test_an_ablation_acts_on_a_model_compiled_before(component, is_given_compiled):
-    model = tiny_model()
-    compiled, tokens = torch.compile(model, backend="eager"), SEQUENCES[0].tokens[None]
-    clean = compiled(tokens)
-    components = ComponentSet(torch.ones(component.shape(model), dtype=torch.bool), component)
-    with ablate(compiled if is_given_compiled else model, components):
-        ablated = model(tokens)
-        assert not torch.allclose(ablated, clean, atol=0.1)
-        assert torch.allclose(compiled(tokens), ablated, atol=1e-12)
-        assert torch.equal(suffix_loss(compiled, SEQUENCES), suffix_loss(model, SEQUENCES))
-    assert torch.allclose(compiled(tokens), clean, atol=1e-12)
+def test_compiled_code_is_made_again_for_an_ablation(model, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(True))
+    neurons = top_neurons(torch.rand(2, 6), 0.5)
+    for cached, expected in (([], 0), ([object()], 2)):
+        monkeypatch.setattr("memloc_lens.ablation._debug_get_cache_entry_list", lambda code, cached=cached: cached)
+        with ablate(model, neurons):
+            assert len(forgotten) == expected / 2
+        assert len(forgotten) == expected
 
 
 @pytest.mark.parametrize(
