@@ -6,18 +6,22 @@ never touched, and closing the context removes the hooks.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._dynamo.eval_frame import _debug_get_cache_entry_list
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_model, check_number, described
+from memloc_lens.checks import check_choice, check_model, check_not_compiled, check_number, described
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
+from memloc_lens.forward import at_least_float32
+from memloc_lens.isolation import isolated
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
+from memloc_lens.turns import turn
 
 Ablation = Literal["zero", "mean", "scale"]
 
@@ -33,7 +37,8 @@ def ablate(
 ) -> Iterator[None]:
     """Ablate neurons, heads or single weights at every position: in forward passes, gradients and generation.
 
-    Contexts nest. An exception inside leaves the model as clean as a normal exit.
+    Contexts nest. An exception inside leaves the model as clean as a normal exit. Meanwhile other threads cannot work
+    with the model.
 
     Args:
         model: its weights stay as they are.
@@ -45,20 +50,22 @@ def ablate(
         factor: for `"scale"` alone.
 
     Raises:
-        ValueError: if the components have another model's shape, the kind is unknown, or `"mean"` is asked for
-            without text or for single weights.
+        ValueError: if the components have another model's shape, the kind is unknown, `"mean"` is asked for without
+            text or for single weights, or the model is compiled.
 
     Example:
         >>> neurons = top_neurons(Activations()(model, sequence), ratio=0.05, first_layer=1)
         >>> with ablate(model, neurons):
         ...     tokens = model.generate(sequence.prompt, max_new_tokens=8, verbose=False)
     """
+    check_not_compiled(model)
     check_model(model)
     check_choice("kind", kind, get_args(Ablation))
     check_number("factor", factor)
     sets = [components] if isinstance(components, ComponentSet) else components
     component = _common_component(model, sets)
     means = _means(model, over, component) if kind == "mean" else None
+    zero = torch.zeros((), device="cpu")
     edits: dict[int, Edit] = {}
     for layer in range(model.cfg.n_layers):
         rows = [members.layer(layer).to(model.cfg.device) for members in sets]
@@ -67,8 +74,8 @@ def ablate(
             if kind == "scale":
                 edits[layer] = partial(_scaled, torch.where(members, factor, 1.0))
             else:
-                edits[layer] = partial(_replaced, members, torch.zeros(()) if means is None else means[layer])
-    with component.edited(model, edits):
+                edits[layer] = partial(_replaced, members, zero if means is None else means[layer])
+    with turn(model, context=True), component.edited(model, edits), _seen_by_compiled_code(model):
         yield
 
 
@@ -86,9 +93,8 @@ def _common_component(model: HookedTransformer, sets: Sequence[ComponentSet]) ->
     return component
 
 
-def mask(
-    model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], first_layer: int = 0
-) -> AbstractContextManager[None]:
+@contextmanager
+def mask(model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], first_layer: int = 0) -> Iterator[None]:
     """Multiply the neurons' activations by a mask at every position; see `Component.masked` for other components.
 
     Args:
@@ -98,13 +104,35 @@ def mask(
         first_layer: layers before it are left alone.
 
     Raises:
-        ValueError: if the mask has another model's shape.
+        ValueError: if the mask has another model's shape, or the model is compiled.
 
     Example:
         >>> with mask(model, torch.ones(6, 768)):
         ...     loss = model(sequence.tokens, return_type="loss")
     """
-    return NEURONS.masked(model, values, first_layer)
+    check_not_compiled(model)
+    with (
+        turn(check_model(model), context=True),
+        NEURONS.masked(model, values, first_layer),
+        _seen_by_compiled_code(model),
+    ):
+        yield
+
+
+@contextmanager
+def _seen_by_compiled_code(model: HookedTransformer) -> Iterator[None]:
+    """Let what `torch.compile` made of the model be compiled again, since it does not see new hooks."""
+    _forget_compiled_code(model)
+    try:
+        yield
+    finally:
+        _forget_compiled_code(model)
+
+
+def _forget_compiled_code(model: HookedTransformer) -> None:
+    """Drop what `torch.compile` keeps of the model's forward pass, if anything."""
+    if _debug_get_cache_entry_list(type(model).forward.__code__):
+        torch.compiler.reset()
 
 
 def _means(model: HookedTransformer, over: Any, component: Component) -> Float[Tensor, " layer *activation"]:
@@ -136,16 +164,17 @@ def mean_activations(
         >>> mean_activations(model, [sequence]).shape
         torch.Size([6, 768])
     """
-    check_model(model)
+    model = check_model(model)
     _check_has_activations(component)
     if isinstance(sequences, list | tuple) and not sequences:
         raise ValueError("a mean ablation needs the text to take the mean over: ablate(..., 'mean', over=sequences)")
     sequences = check_sequences(model, sequences)
     names = [component.activations_at(layer) for layer in range(model.cfg.n_layers)]
     total: Tensor | float = 0.0
-    for _, batch in equal_length_batches(sequences, size=16):
-        _, cache = model.run_with_cache(batch.tokens.to(model.cfg.device), return_type=None, names_filter=names)
-        total = total + torch.stack([cache[name].float().sum(dim=(0, 1)) for name in names])
+    with isolated(model):
+        for _, batch in equal_length_batches(sequences, size=16):
+            _, cache = model.run_with_cache(batch.tokens.to(model.cfg.device), return_type=None, names_filter=names)
+            total = total + torch.stack([at_least_float32(cache[name]).sum(dim=(0, 1)) for name in names])
     assert isinstance(total, Tensor)
     return total / sum(len(sequence.tokens) for sequence in sequences)
 

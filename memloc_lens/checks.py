@@ -8,16 +8,82 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 
-def check_model(model: object) -> None:
-    """Refuse what is not a `HookedTransformer` with MLP layers.
+def check_model(model: object) -> HookedTransformer:
+    """Refuse what is not a `HookedTransformer` that reads tokens from left to right and has MLP layers.
+
+    Args:
+        model: that was given.
+
+    Returns:
+        The model to run: what `torch.compile` was given if the model is compiled, since hooks act on that alone.
 
     Raises:
         ValueError: naming what was given, and how to get a model.
     """
+    model = getattr(model, "_orig_mod", model)
     if not isinstance(model, HookedTransformer):
-        raise ValueError(f"the model is {described(model)}; give a HookedTransformer, as load_model(...) returns it")
-    if model.cfg.attn_only:
-        raise ValueError(f"{model.cfg.model_name} has attention layers only, and so no MLP neurons to locate or ablate")
+        inside = ", the one in its .module" if isinstance(getattr(model, "module", None), HookedTransformer) else ""
+        raise ValueError(
+            f"the model is {described(model)}; give a HookedTransformer{inside or ', as load_model(...) returns it'}"
+        )
+    for kind, (found, limit) in _unsupported(model.cfg).items():
+        if found:
+            raise ValueError(f"{model.cfg.model_name} has {kind}, {limit}")
+    if model.W_E.dtype != model.cfg.dtype:
+        raise ValueError(
+            f"the weights are {model.W_E.dtype} and model.cfg.dtype is {model.cfg.dtype}; change both with "
+            f"model.to({model.W_E.dtype})"
+        )
+    for name, module in model.named_modules():
+        if _is_compiled(module):
+            raise ValueError(
+                f"{name or 'the model'} was compiled in place, and compiled code does not see hooks; load the model "
+                "again, and keep the result of torch.compile(model) beside it"
+            )
+    return model
+
+
+def check_not_compiled(model: object) -> None:
+    """Refuse a compiled model where hooks are to act on the user's own calls.
+
+    Raises:
+        ValueError: naming the model to give.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise ValueError(
+            "the model is compiled, and compiled code does not see the hooks of an ablation; give the model that "
+            "torch.compile was given, and run that one"
+        )
+
+
+def _unsupported(cfg: Any) -> dict[str, tuple[bool, str]]:
+    """Return what a configuration can have that the methods are not defined for: whether it does, and why not."""
+    return {
+        "attention layers only": (cfg.attn_only, "and so no MLP neurons to locate or ablate"),
+        f"{cfg.num_experts} experts a layer": (bool(cfg.num_experts), "which have no one activation a neuron"),
+        f"{cfg.attention_dir} attention": (
+            cfg.attention_dir != "causal",
+            "in which every position sees the token that it should predict; a causal model is needed",
+        ),
+        "the position embeddings of shortformer": (
+            cfg.positional_embedding_type == "shortformer",
+            "which are not in the residual stream, so that its layers cannot run by themselves",
+        ),
+        f"a vocabulary of {cfg.d_vocab} and predicts one of {cfg.d_vocab_out}": (
+            cfg.d_vocab_out != cfg.d_vocab,
+            "so that it cannot recite what it reads; both must be the same",
+        ),
+        "weights in 4 bits": (bool(cfg.load_in_4bit), "which have no rows to read; load them in torch.float32"),
+    }
+
+
+def _is_compiled(module: Any) -> bool:
+    forward = vars(module).get("forward")
+    return (
+        module._compiled_call_impl is not None
+        or "_orig_mod" in module._modules
+        or hasattr(forward, "_torchdynamo_orig_callable")
+    )
 
 
 def check_tensor(name: str, value: object, axes: str) -> None:
@@ -135,3 +201,8 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}"
     return "nothing" if value is None else f"of type {type(value).__module__}.{type(value).__qualname__}"
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the message of an error of another library, short and in one line."""
+    return " ".join(str(error).split())[:120]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValue
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
 from memloc_lens.checks import check_first_layer, check_model
+from memloc_lens.components import post
+from memloc_lens.hooks import END, hooked
+from memloc_lens.isolation import gradients_possible, isolated
 from memloc_lens.products import fast_products
 from memloc_lens.sequence import Batch
 
@@ -37,7 +41,7 @@ class PrefixCache:
     """
 
     def __init__(self, model: HookedTransformer, layer: int) -> None:
-        check_model(model)
+        model = check_model(model)
         check_first_layer(layer, model.cfg.n_layers)
         self._model, self._layer = model, layer
         self._kept: dict[tuple[tuple[int, ...], bytes], Tensor] = {}
@@ -71,8 +75,10 @@ class PrefixCache:
 
 def final_residual(
     model: HookedTransformer, batch: Batch, prefix: PrefixCache | None = None
-) -> Float[Tensor, "row suffix d_model"]:
+) -> Float[Tensor, "row target d_model"]:
     """Return the residual stream after the last layer, before the final norm, at the target positions.
+
+    If a user's hook is on what follows, the final norm or the unembedding, all positions are returned, for it to see.
 
     Args:
         model: used as it is, ablated or not.
@@ -86,15 +92,50 @@ def final_residual(
     return run_layers(model, entering, layer, batch.prompt_len)
 
 
-def run_layers(
-    model: HookedTransformer, residual: Float[Tensor, "row pos d_model"], start: int, prompt_len: int
-) -> Float[Tensor, "row suffix d_model"]:
-    """Run the layers from `start` on; the last one at the target positions alone.
-
-    Other positions only give keys and values to the last layer.
+@dataclass(frozen=True)
+class CleanPass:
+    """What a pass leaves behind, with the hooks that were open.
 
     Args:
-        model: its hooks see only the target positions in the last layer's MLP and queries.
+        streams: the residual stream that enters each layer, and the one that leaves the last.
+        activations: of each layer's neurons.
+    """
+
+    streams: list[Float[Tensor, "row pos d_model"]]
+    activations: list[Float[Tensor, "row pos neuron"]]
+
+
+def clean_pass(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> CleanPass:
+    """Run the model up to the final norm, a layer at a time.
+
+    A stream between two layers is what the one has returned: at a hook point it would have passed half of the hooks.
+    """
+    streams, activations = [model(tokens, return_type="logits", stop_at_layer=0)], []
+    for layer in range(model.cfg.n_layers):
+        stream, cache = model.run_with_cache(
+            streams[-1], start_at_layer=layer, stop_at_layer=layer + 1, names_filter=post(layer)
+        )
+        streams.append(stream)
+        activations.append(cache[post(layer)])
+    return CleanPass(streams, activations)
+
+
+def at_targets(
+    model: HookedTransformer, residual: Float[Tensor, "row pos d_model"], batch: Batch
+) -> Float[Tensor, "row target d_model"]:
+    """Return of the final residual stream at all positions what `final_residual` returns."""
+    return residual if hooked(model, *END) else residual[:, batch.targets]
+
+
+def run_layers(
+    model: HookedTransformer, residual: Float[Tensor, "row pos d_model"], start: int, prompt_len: int
+) -> Float[Tensor, "row target d_model"]:
+    """Run the layers from `start` on; the last one at the target positions alone.
+
+    Other positions only give keys and values to the last layer. A layer with a user's hook runs at all positions.
+
+    Args:
+        model: used as it is, ablated or not.
         residual: the stream that enters layer `start`, at all positions.
         start: from 0 to the number of layers, which runs none.
         prompt_len: of the rows.
@@ -102,7 +143,8 @@ def run_layers(
     last = model.cfg.n_layers - 1
     targets = slice(prompt_len - 1, -1)
     if start > last or not _can_split_last_layer(model):
-        return model(residual, start_at_layer=start, stop_at_layer=last + 1)[:, targets]
+        whole = model(residual, start_at_layer=start, stop_at_layer=last + 1)
+        return whole if hooked(model, *END) else whole[:, targets]
     entering = model(residual, start_at_layer=start, stop_at_layer=last)
     block, past = model.blocks[last], None
     if prompt_len > 1:
@@ -120,22 +162,42 @@ def _can_split_last_layer(model: HookedTransformer) -> bool:
         and not norm_after_mlp(model)
         and not (cfg.use_attn_in or cfg.use_split_qkv_input or cfg.use_qk_norm or cfg.use_logn_attn)
         and cfg.clip_qkv is None
+        and not hooked(model, f"blocks.{cfg.n_layers - 1}", *END)
     )
 
 
 def target_logits(
-    model: HookedTransformer, residual: Float[Tensor, "row suffix d_model"]
+    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch | None = None
 ) -> Float[Tensor, "row suffix d_vocab"]:
-    """Return the logits of the suffix, from the final residual stream at the target positions."""
-    logits = model.unembed(model.ln_final(residual))
+    """Return the logits of the suffix, from the final residual stream.
+
+    Args:
+        model: whose final norm and unembedding are used.
+        residual: as `final_residual` returns it.
+        batch: the rows that it belongs to; may be left out if no user's hook is on the final norm or the unembedding.
+    """
+    logits = model.unembed(_normalized(model, residual))
+    if batch is not None and logits.shape[1] == batch.length:
+        logits = logits[:, batch.targets]
     cap = model.cfg.output_logits_soft_cap
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
+def _normalized(model: HookedTransformer, residual: Float[Tensor, "row target d_model"]) -> Tensor:
+    return residual if model.cfg.normalization_type is None else model.ln_final(residual)
+
+
+def at_least_float32(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """Return float64 as it is, and anything else in float32."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def target_losses(
-    model: HookedTransformer, residual: Float[Tensor, "row suffix d_model"], batch: Batch
+    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
 ) -> Float[Tensor, "row suffix"]:
-    """Return -log p(token | all before it) of every token of the suffix, in nats, in float32.
+    """Return -log p(token | all before it) of every token of the suffix, in nats.
+
+    Of a model in float64 they are in float64, otherwise in float32.
 
     Logits are by far the largest tensor of a forward pass. Writing them to memory and reading them back costs more
     than the matrix product that makes them. So a few are made at a time, and if a gradient is wanted and the weights
@@ -143,14 +205,14 @@ def target_losses(
 
     Args:
         model: whose unembedding is used.
-        residual: the final residual stream at the target positions.
+        residual: the final residual stream, as `final_residual` returns it.
         batch: the rows that it belongs to.
     """
     suffix = batch.suffix.to(residual.device)
-    if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad:
-        logits = target_logits(model, residual).float()
+    if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad or hooked(model, *END):
+        logits = at_least_float32(target_logits(model, residual, batch))
         return cross_entropy(logits.transpose(1, 2), suffix, reduction="none")
-    normalized = model.ln_final(residual)
+    normalized = _normalized(model, residual)
     wants_gradient = torch.is_grad_enabled() and normalized.requires_grad
     losses = _UnembeddedLoss.apply(
         normalized.flatten(0, 1), model.unembed.W_U, model.unembed.b_U, suffix.flatten(), wants_gradient
@@ -159,9 +221,9 @@ def target_losses(
 
 
 def target_loss(
-    model: HookedTransformer, residual: Float[Tensor, "row suffix d_model"], batch: Batch
+    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
 ) -> Float[Tensor, " row"]:
-    """Return the suffix loss of each row: the mean of `target_losses`, in nats, in float32."""
+    """Return the suffix loss of each row: the mean of `target_losses`, in nats, in their precision."""
     return target_losses(model, residual, batch).mean(dim=1)
 
 
@@ -181,7 +243,7 @@ class _UnembeddedLoss(torch.autograd.Function):
         logits_at_once = CPU_LOGITS_AT_ONCE if true.device.type == "cpu" else GPU_LOGITS_AT_ONCE
         at_once = max(16, logits_at_once // weight.shape[1] // 64 * 64)
         for part, wanted in zip(normalized.split(at_once), true.split(at_once), strict=True):
-            log_probs = linear(part, weight.T, bias).float().log_softmax(dim=-1)
+            log_probs = at_least_float32(linear(part, weight.T, bias)).log_softmax(dim=-1)
             losses.append(-log_probs.gather(1, wanted[:, None])[:, 0])
             if wants_gradient:
                 change = log_probs.exp_()  # softmax minus one-hot: the derivative with respect to the logits
@@ -204,15 +266,27 @@ def norm_after_mlp(model: HookedTransformer) -> bool:
 
 @contextmanager
 def frozen(model: HookedTransformer) -> Iterator[None]:
-    """Set evaluation mode and freeze the parameters; both are restored on leaving."""
+    """Set evaluation mode and freeze the parameters; both are restored on leaving.
+
+    Meanwhile other threads wait, and autocast, inference mode and a default device have no effect.
+
+    Raises:
+        ValueError: if a hook is on the model itself, it was made in inference mode, or another thread has a context
+            of it open.
+    """
+    with isolated(model), gradients_possible(model), fast_products(model.cfg.device), _as_constant(model):
+        yield
+
+
+@contextmanager
+def _as_constant(model: HookedTransformer) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    for parameter, _ in needs:
-        parameter.requires_grad_(False)
     try:
-        with fast_products(model.cfg.device):
-            yield
+        model.eval()
+        for parameter, _ in needs:
+            parameter.requires_grad_(False)
+        yield
     finally:
         for module, training in modes:
             module.training = training

@@ -8,11 +8,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.checks import check_model
+from memloc_lens.isolation import isolated
 from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 
-Predictions = list[Int[Tensor, " suffix"]]
+Predictions = list[Int[Tensor, " _"]]
 """For each sequence the suffix that the model predicts, on the CPU."""
 
 
@@ -40,10 +42,11 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
         >>> torch.equal(free_running(model, [sequence])[0], sequence.suffix)
         True
     """
+    model = check_model(model)
     sequences = check_sequences(model, sequences)
-    predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
-        with same_modes(model):
+    predictions: Predictions = [torch.empty(0, dtype=torch.long, device="cpu")] * len(sequences)
+    with isolated(model), same_modes(model):
+        for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
             generated = model.generate(
                 group.tokens[:, : group.prompt_len].to(model.cfg.device),
                 max_new_tokens=group.suffix_len,
@@ -53,8 +56,8 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
                 prepend_bos=False,
                 verbose=False,
             )
-        for index, predicted in zip(indices, generated[:, group.prompt_len :].cpu(), strict=True):
-            predictions[index] = predicted
+            for index, predicted in zip(indices, generated[:, group.prompt_len :].cpu(), strict=True):
+                predictions[index] = predicted
     return predictions
 
 

@@ -38,7 +38,10 @@ from memloc_lens.components import (
     post,
 )
 from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
+from memloc_lens.hooks import check_no_backward_hooks, own
+from memloc_lens.isolation import gradients_possible
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
+from memloc_lens.turns import turn
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def inject(
 ) -> Iterator[Injection]:
     """Let the model memorize a sequence in a random share of its neurons or weights, while the context is open.
 
-    On leaving, also by an exception or Ctrl-C, every parameter is restored bit for bit. Contexts nest.
+    On leaving, also by an exception or Ctrl-C, every parameter is restored bit for bit. Contexts nest. Meanwhile other
+    threads cannot work with the model.
 
     Args:
         model: only the weights of the ground truth change, in place.
@@ -94,7 +98,7 @@ def inject(
 
     Raises:
         ValueError: if the ratio takes no component, the model cannot read the sequence, a setting is out of range, or
-            the loss becomes NaN or infinite.
+            the loss becomes NaN or infinite, or `W_out` is not a parameter.
 
     Example:
         >>> with inject(model, sequence, ratio=0.01) as injected:
@@ -102,7 +106,7 @@ def inject(
         >>> injected.neurons
         <46 of 4608 neurons in layers 0 to 5>
     """
-    check_model(model)
+    model = check_model(model)
     for name, value in (("lr", lr), ("target_loss", target_loss)):
         check_number(name, value, above=0)
     check_number("max_steps", max_steps, least=1, whole=True)
@@ -110,25 +114,39 @@ def inject(
     if keep_norms and component != "neuron":
         raise ValueError("keep_norms keeps the lengths of rows of W_out; it needs component='neuron'")
     check_sequences(model, [sequence])
-    whole = Batch(sequence.tokens[None].to(model.cfg.device), prompt_len=1)
-    gold = _draw(model, component_of(component), ratio, seed)
-    try:
-        change, steps = _train(model, whole, gold, lr, max_steps, target_loss, keep_norms)
-    except FloatingPointError as error:
-        raise ValueError(f"injection of {sequence.id!r} at the ratio {ratio:g}: {error}; lower lr") from error
-    before = [block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]
-    try:
-        norm_change = torch.zeros(gold.shape, device=change.device)
-        parts = zip(_layers(model, gold), before, _split(change, gold), strict=True)
-        for layer, ((block, members), weights, added) in enumerate(parts):
-            block.mlp.W_out.data[members] = (weights + added).to(weights.dtype)
-            norm_change[layer, members] = _norms(block.mlp.W_out.detach()[members]) - _norms(weights)
-        loss = _loss(model, whole)
-        ground_truth = Neurons(gold) if component == "neuron" else ComponentSet(gold, component_of(component))
-        yield Injection(ground_truth, loss, steps, loss < target_loss, norm_change)
-    finally:
-        for (block, members), weights in zip(_layers(model, gold), before, strict=True):
-            block.mlp.W_out.data[members] = weights
+    _check_weights_are_parameters(model)
+    check_no_backward_hooks(model, map(post, range(model.cfg.n_layers)))
+    with turn(model, context=True):
+        with gradients_possible(model):
+            whole = Batch(sequence.tokens[None].to(model.cfg.device).clone(), prompt_len=1)
+            gold = _draw(model, component_of(component), ratio, seed)
+        try:
+            change, steps = _train(model, whole, gold, lr, max_steps, target_loss, keep_norms)
+        except FloatingPointError as error:
+            raise ValueError(f"injection of {sequence.id!r} at the ratio {ratio:g}: {error}; lower lr") from error
+        before = [block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]
+        try:
+            norm_change = torch.zeros(gold.shape, device=change.device, dtype=torch.float32)
+            parts = zip(_layers(model, gold), before, _split(change, gold), strict=True)
+            for layer, ((block, members), weights, added) in enumerate(parts):
+                block.mlp.W_out.data[members] = (weights + added).to(weights.dtype)
+                norm_change[layer, members] = _norms(block.mlp.W_out.detach()[members]) - _norms(weights)
+            loss = _loss(model, whole)
+            ground_truth = Neurons(gold) if component == "neuron" else ComponentSet(gold, component_of(component))
+            yield Injection(ground_truth, loss, steps, loss < target_loss, norm_change)
+        finally:
+            for (block, members), weights in zip(_layers(model, gold), before, strict=True):
+                block.mlp.W_out.data[members] = weights
+
+
+def _check_weights_are_parameters(model: HookedTransformer) -> None:
+    """Refuse a `W_out` that is computed from other parameters, which a change in place would not reach."""
+    for layer, block in enumerate(model.blocks):
+        if "W_out" not in block.mlp._parameters:
+            raise ValueError(
+                f"blocks.{layer}.mlp.W_out is parametrized, and an injection changes it in place; remove the "
+                "parametrization (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
 
 
 def _draw(model: HookedTransformer, component: Component, ratio: float, seed: int) -> Bool[Tensor, " layer *unit"]:
@@ -136,10 +154,11 @@ def _draw(model: HookedTransformer, component: Component, ratio: float, seed: in
     total = int(np.prod(shape))
     count = count_of(ratio, total, "nearest", component.plural)
     if component is NEURONS:
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count]
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(total, generator=generator, device="cpu")[:count]
     else:  # a permutation of all weights of a large model would not fit into memory
         chosen = torch.from_numpy(np.random.default_rng(seed).choice(total, count, replace=False, shuffle=False))
-    gold = torch.zeros(total, dtype=torch.bool)
+    gold = torch.zeros(total, dtype=torch.bool, device="cpu")
     gold[chosen] = True
     return gold.view(shape).to(model.cfg.device)
 
@@ -168,16 +187,16 @@ def _train(
 ) -> tuple[Float[Tensor, " gold *d_model"], int]:
     """Return the change of the weights, in float32, and the number of Adam steps that it took."""
     first = int(gold.flatten(1).any(dim=1).nonzero()[0])
-    weights = torch.cat([block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]).float()
-    drift = torch.zeros_like(weights, requires_grad=True)
-    optimizer = torch.optim.Adam([drift], lr=lr)
-
-    def change() -> Tensor:
-        if not keep_norms:
-            return drift
-        return normalize(weights + drift, dim=1) * weights.norm(dim=1, keepdim=True) - weights
-
     with frozen(model):
+        weights = torch.cat([block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]).float()
+        drift = torch.zeros_like(weights, requires_grad=True)
+        optimizer = torch.optim.Adam([drift], lr=lr)
+
+        def change() -> Tensor:
+            if not keep_norms:
+                return drift
+            return normalize(weights + drift, dim=1) * weights.norm(dim=1, keepdim=True) - weights
+
         with torch.no_grad():
             before = model(whole.tokens, return_type="logits", stop_at_layer=first)
         for step in range(max_steps):
@@ -191,7 +210,7 @@ def _train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return change().detach(), max_steps
+        return change().detach(), max_steps
 
 
 @contextmanager
@@ -205,9 +224,11 @@ def _changed(
                 continue
             seen: list[Tensor] = []
 
+            @own
             def keep(activations: Tensor, hook: Any, seen: list[Tensor] = seen) -> None:
                 seen.append(activations)
 
+            @own
             def add(
                 _: Any,
                 __: Any,
@@ -219,7 +240,8 @@ def _changed(
                 return output + _written(seen.pop(), members, part.to(output.dtype))
 
             stack.enter_context(model.hooks(fwd_hooks=[(post(layer), keep)]))
-            stack.callback(block.mlp.register_forward_hook(add).remove)
+            # a user's hook on the MLP's output comes after what the MLP itself writes
+            stack.callback(block.mlp.register_forward_hook(add, prepend=True).remove)
         yield
 
 

@@ -16,10 +16,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_tensor, described
+from memloc_lens.checks import check_choice, check_model, check_tensor, described
 from memloc_lens.components import ComponentSet, Scope, count_of
 from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss
 from memloc_lens.generation import Predictions, free_running, rows_for
+from memloc_lens.isolation import isolated
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import (
     Batch,
@@ -66,21 +67,22 @@ def teacher_forced(
         >>> suffix_accuracy(teacher_forced(model, [sequence]), [sequence])
         tensor([100.])
     """
+    model = check_model(model)
     sequences = check_sequences(model, sequences)
-    predictions: Predictions = [torch.empty(0, dtype=torch.long)] * len(sequences)
-    for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
-        logits = target_logits(model, final_residual(model, group, prefix))
-        for index, predicted in zip(indices, logits.argmax(dim=-1).cpu(), strict=True):
-            predictions[index] = predicted
+    predictions: Predictions = [torch.empty(0, dtype=torch.long, device="cpu")] * len(sequences)
+    with isolated(model):
+        for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
+            logits = target_logits(model, final_residual(model, group, prefix), group)
+            for index, predicted in zip(indices, logits.argmax(dim=-1).cpu(), strict=True):
+                predictions[index] = predicted
     return predictions
 
 
 def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> Float[Tensor, " sequence"]:
     """Return the share of the tokens of each suffix that are predicted right, in points (0 to 100)."""
     pairs = zip(predictions, sequences, strict=True)
-    return torch.tensor(
-        [100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs]
-    )
+    shares = [100 * (predicted == sequence.suffix.cpu()).float().mean().item() for predicted, sequence in pairs]
+    return torch.tensor(shares, dtype=torch.float32, device="cpu")
 
 
 def text_distance(
@@ -97,7 +99,7 @@ def text_distance(
     for predicted, sequence in zip(predictions, sequences, strict=True):
         prompt = sequence.tokens[: sequence.prompt_len].cpu()
         distances.append(Levenshtein.distance(sequence.text(model), decode(model, torch.cat([prompt, predicted]))))
-    return torch.tensor(distances, dtype=torch.float32)
+    return torch.tensor(distances, dtype=torch.float32, device="cpu")
 
 
 @torch.no_grad()
@@ -106,15 +108,19 @@ def suffix_loss(
 ) -> Float[Tensor, " sequence"]:
     """Return the mean of -log p(token | all before it) over each suffix, in nats.
 
+    They are in float32; of a model in float64 they are in float64.
+
     Example:
         >>> suffix_loss(model, [sequence]).shape
         torch.Size([1])
     """
+    model = check_model(model)
     sequences = check_sequences(model, sequences)
-    losses = torch.zeros(len(sequences))
-    for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
-        losses[indices] = target_loss(model, final_residual(model, group), group).cpu()
-    return losses
+    losses = torch.zeros(len(sequences), dtype=torch.float64, device="cpu")
+    with isolated(model):
+        for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
+            losses[indices] = target_loss(model, final_residual(model, group), group).double().cpu()
+    return losses if model.cfg.dtype == torch.float64 else losses.float()
 
 
 def perplexity(
@@ -142,12 +148,14 @@ def row_losses(
     model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
 ) -> Float[Tensor, " row"]:
     """Return the mean negative log-likelihood (nats) of each row, over all its tokens but the first."""
+    model = check_model(model)
     check_tensor("rows", rows, "row, pos")
     texts = check_sequences(model, [MemorizedSequence(row, prompt_len=1) for row in rows])
     rows = torch.stack([text.tokens for text in texts])
     size = min(batch, rows_at_once(model, rows.shape[1], rows.shape[1]))
     parts = [Batch(part, prompt_len=1) for part in rows.split(size)]
-    losses = [target_loss(model, final_residual(model, part, prefix), part) for part in parts]
+    with isolated(model):
+        losses = [target_loss(model, final_residual(model, part, prefix), part) for part in parts]
     return torch.cat(losses).double().cpu()
 
 
@@ -181,8 +189,8 @@ def text_rows(
         raise ValueError(
             f"{min(len(stream), tokens)} tokens of text do not fill one row of {own + len(first)}; give more text"
         )
-    cut = torch.tensor(stream[: rows * own]).view(rows, own)
-    return torch.cat([torch.tensor(first, dtype=torch.long).expand(rows, -1), cut], dim=1)
+    cut = torch.tensor(stream[: rows * own], device="cpu").view(rows, own)
+    return torch.cat([torch.tensor(first, dtype=torch.long, device="cpu").expand(rows, -1), cut], dim=1)
 
 
 def recall(gold: ComponentSet, predicted: ComponentSet) -> float:

@@ -197,7 +197,7 @@ def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
     if truths:
         raise ValueError(f"sequence {id!r} has the token {truths[0]}; tokens must be whole numbers")
     try:
-        row = torch.as_tensor(tokens)
+        row = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         shown = " ".join(str(tokens).split())[:60]
         raise ValueError(f"sequence {id!r} has tokens {shown}; tokens must be whole numbers") from error

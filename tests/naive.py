@@ -67,7 +67,7 @@ def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequ
 
 
 @torch.no_grad()
-def zero_out(model: HookedTransformer, sequence: MemorizedSequence, component: str) -> Tensor:
+def zero_out(model: HookedTransformer, sequence: MemorizedSequence, component: str = "neuron") -> Tensor:
     clean = suffix_loss(model, sequence)
     shape = shape_of(model, component)
     scores = torch.zeros(shape, dtype=clean.dtype)
@@ -111,8 +111,11 @@ def weight_norms(model: HookedTransformer, component: str) -> Tensor:
     return scores
 
 
-def integrated_gradients(model: HookedTransformer, sequence: MemorizedSequence, fractions: Sequence[float]) -> Tensor:
+def integrated_gradients(
+    model: HookedTransformer, sequence: MemorizedSequence, steps: int, fractions: Sequence[float] = ()
+) -> Tensor:
     """One prefix a target position, and one run of it for each layer and point of the integral."""
+    fractions = fractions or [step / max(steps - 1, 1) for step in range(steps)]
     post = post_activations(model, sequence)
     scores = torch.zeros(post.shape[0], post.shape[2], dtype=post.dtype)
     targets = range(sequence.prompt_len, len(sequence.tokens))

@@ -23,6 +23,7 @@ from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 
 from memloc_lens.checks import check_choice, check_first_layer, check_model, check_tensor, described
+from memloc_lens.hooks import own
 
 Edit = Callable[[Tensor], Tensor]
 """What to make of a layer's activations, or of its weights."""
@@ -112,7 +113,7 @@ def _edited_activations(
     hook_point: str, model: HookedTransformer, edits: Mapping[int, Edit]
 ) -> AbstractContextManager[None]:
     def hook_of(edit: Edit) -> Hook:
-        return lambda activations, hook: edit(activations)
+        return own(lambda activations, hook: edit(activations))
 
     return model.hooks(fwd_hooks=[(f"blocks.{layer}.{hook_point}", hook_of(edit)) for layer, edit in edits.items()])
 
@@ -140,13 +141,15 @@ def _edited_output(mlp: nn.Module, edit: Edit) -> Iterator[None]:
     seen: list[Tensor] = []
     watching = ExitStack()
 
+    @own
     def watch(module: Any, arguments: Any) -> None:
         # registered anew at every pass, so that it comes after all other hooks and sees what W_out is multiplied by
         watching.close()
-        handle = module.hook_post.register_forward_hook(lambda point, given, output: seen.append(output))
+        handle = module.hook_post.register_forward_hook(own(lambda point, given, output: seen.append(output)))
         watching.callback(handle.remove)
         watching.callback(seen.clear)
 
+    @own
     def add_change(module: Any, arguments: Any, output: Tensor) -> Tensor:
         weight = module.W_out
         for change in outer:
@@ -155,7 +158,8 @@ def _edited_output(mlp: nn.Module, edit: Edit) -> Iterator[None]:
         watching.close()
         return changed
 
-    handles = [mlp.register_forward_pre_hook(watch), mlp.register_forward_hook(add_change)]
+    # a user's hook on the MLP's output comes after what the MLP itself writes
+    handles = [mlp.register_forward_pre_hook(watch), mlp.register_forward_hook(add_change, prepend=True)]
     _open_edits[mlp] = (*outer, edit)
     try:
         yield

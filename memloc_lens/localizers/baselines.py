@@ -47,7 +47,7 @@ class Random:
         shape, draws = component_of(self.component).shape(model), []
         for row in batch.tokens.tolist():
             generator = torch.Generator().manual_seed(zlib.crc32(repr((self.seed, row)).encode()))
-            draws.append(torch.rand(shape, generator=generator))
+            draws.append(torch.rand(shape, generator=generator, dtype=torch.float32))
         return torch.stack(draws).to(batch.tokens.device)
 
 

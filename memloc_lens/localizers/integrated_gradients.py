@@ -19,6 +19,9 @@ own, perturbed, key and value:
    ones, and the diagonal is corrected: q.(k - k_clean)/scale is added to a position's attention score for
    itself, and pattern * (v - v_clean) to what it reads.
 4. One backward pass from the sum of the probabilities gives the gradients of all positions.
+
+Where a hook of the user's, or a kind of attention that step 3 does not know, may let positions act on one another in
+other ways, every prefix has its own runs after all.
 """
 
 from collections.abc import Sequence
@@ -32,10 +35,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedTransformer
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.activation_functions import apply_softcap
 
-from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import Hook, post
-from memloc_lens.forward import target_losses
+from memloc_lens.checks import check_model, check_number, in_one_line
+from memloc_lens.components import HEADS, NEURONS, Hook, post
+from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_losses
+from memloc_lens.hooks import hooked, hooked_at
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -68,14 +73,9 @@ class IntegratedGradients:
         """Return signed scores in units of probability: [layer, neuron], or [sequence, layer, neuron] for a list.
 
         Raises:
-            ValueError: if the model caps its attention scores (Gemma 2), where step 3 does not hold.
+            ValueError: if a hook of the user's acts on a prefix of a sequence in another way than on the whole.
         """
-        check_model(model)
-        if model.cfg.attn_scores_soft_cap > 0:
-            raise ValueError(
-                f"{model.cfg.model_name} caps its attention scores, which integrated gradients do not support; use "
-                "another method"
-            )
+        model = check_model(model)
         graph_layers = model.cfg.n_layers - self.first_layer
         return score(
             model,
@@ -87,19 +87,105 @@ class IntegratedGradients:
         )
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+        if _attends_as_known(model):
+            return self._score_together(model, batch)
+        _check_prefixes_agree(model, batch.tokens)
+        return self._score_by_prefixes(model, batch)
+
+    def _score_together(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
         kept = ("mlp.hook_post", "hook_resid_pre", "attn.hook_v", _key_name(model))
         with torch.no_grad():
             _, cache = model.run_with_cache(
                 batch.tokens, return_type=None, names_filter=lambda name: name.endswith(kept)
             )
-        device = batch.tokens.device
-        scores = torch.zeros(len(batch), model.cfg.n_layers, model.cfg.d_mlp, device=device)
-        copies = torch.cartesian_prod(torch.arange(len(batch)), torch.arange(self.steps)).to(device)
+        scores, copies = _no_scores(model, batch), self._copies(batch)
         for layer in range(self.first_layer, model.cfg.n_layers):
             size = rows_at_once(model, batch.length, batch.suffix_len, model.cfg.n_layers - layer)
             work = partial(_attributions, model, cache, layer, batch, self.steps)
             scores[:, layer] = torch.stack(in_chunks(copies, size, work)).sum(dim=0)
         return scores
+
+    def _score_by_prefixes(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+        scores, copies = _no_scores(model, batch), self._copies(batch)
+        for end in range(batch.prompt_len, batch.length):
+            with torch.no_grad():
+                clean = clean_pass(model, batch.tokens[:, :end])
+            for layer in range(self.first_layer, model.cfg.n_layers):
+                size = rows_at_once(model, end, 1, model.cfg.n_layers - layer)
+                work = partial(_attributions_at_the_end, model, clean, layer, batch.tokens[:, end], self.steps)
+                scores[:, layer] += torch.stack(in_chunks(copies, size, work)).sum(dim=0)
+        return scores / batch.suffix_len / self.steps
+
+    def _copies(self, batch: Batch) -> Int[Tensor, "copy 2"]:
+        """Return for each copy its row of the batch and its point of the integral."""
+        return torch.cartesian_prod(torch.arange(len(batch)), torch.arange(self.steps)).to(batch.tokens.device)
+
+
+def _no_scores(model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+    return torch.zeros(len(batch), *NEURONS.shape(model), device=batch.tokens.device, dtype=torch.float32)
+
+
+def _attends_as_known(model: HookedTransformer) -> bool:
+    """Tell whether positions act on one another through keys and values alone, as the hook points show them."""
+    cfg = model.cfg
+    rotary = cfg.positional_embedding_type == "rotary"  # then keys are seen after their norm
+    heads = [HEADS.activations_at(layer) for layer in range(cfg.n_layers)]
+    return (
+        (rotary or (cfg.positional_embedding_type in ("standard", "alibi") and not cfg.use_qk_norm))
+        and cfg.clip_qkv is None
+        and not (cfg.use_logn_attn or cfg.use_dynamic_ntk_rope)
+        and not hooked(model)
+        and not hooked_at(model, *heads)
+    )
+
+
+@torch.no_grad()
+def _check_prefixes_agree(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> None:
+    """Refuse hooks for which the probability of a token depends on the tokens after it."""
+    name = hooked(model)
+    if not name:
+        return
+    whole = model(tokens, return_type="logits")[:, :-1]
+    try:
+        prefix = model(tokens[:, :-1], return_type="logits")
+        agree = bool((prefix - whole).abs().max() <= 1e-3 * whole.abs().max())
+    except Exception as error:
+        raise ValueError(f"{name} has a hook that fails on a prefix of the sequence: {in_one_line(error)}") from error
+    if not agree:
+        raise ValueError(
+            f"{name} has a hook that changes a prefix of the sequence in another way than the whole, and integrated "
+            "gradients are taken of prefixes; let the hook act on each position by itself, or remove it"
+        )
+
+
+def _attributions_at_the_end(
+    model: HookedTransformer,
+    clean: CleanPass,
+    layer: int,
+    true: Int[Tensor, " row"],
+    steps: int,
+    copies: Int[Tensor, "copy 2"],
+) -> Float[Tensor, "row neuron"]:
+    """Return what some copies of prefixes add to the scores of a layer: straight from the formula."""
+    row, step = copies.unbind(dim=1)
+    last = clean.activations[layer][row, -1]  # [copy, neuron]
+    scaled = (_fractions(steps, last)[step, None] * last).requires_grad_(True)
+
+    def write(activations: Float[Tensor, "copy pos neuron"], hook: HookPoint) -> Float[Tensor, "copy pos neuron"]:
+        return torch.cat([activations[:, :-1], scaled.unsqueeze(1)], dim=1)
+
+    with torch.enable_grad(), model.hooks(fwd_hooks=[(post(layer), write)]):
+        # a backward hook before the neurons fails if nothing there has a gradient
+        stream = clean.streams[layer][row].requires_grad_(True)
+        logits = model(stream, start_at_layer=layer, return_type="logits")[:, -1]
+        probabilities = at_least_float32(logits).softmax(dim=-1).gather(1, true[row, None])
+        (gradients,) = torch.autograd.grad(probabilities.sum(), scaled)
+    attributions = at_least_float32(gradients) * at_least_float32(last)
+    return attributions.new_zeros(len(true), attributions.shape[1]).index_add(0, row, attributions)
+
+
+def _fractions(steps: int, like: Tensor) -> Float[Tensor, " step"]:
+    return torch.linspace(0, 1, steps, device=like.device, dtype=torch.float32).to(like)
 
 
 def _attributions(
@@ -113,8 +199,7 @@ def _attributions(
     """Return what some copies, each a row of the batch at a point of the integral, add to the scores of a layer."""
     row, step = copies.unbind(dim=1)
     clean = cache[post(layer)]  # [row, pos, neuron]
-    fractions = torch.linspace(0, 1, steps, device=clean.device).to(clean)[step]
-    activations = (fractions[:, None, None] * clean[row]).requires_grad_(True)
+    activations = (_fractions(steps, clean)[step, None, None] * clean[row]).requires_grad_(True)
     hooks: list[tuple[str, Hook]] = [(post(layer), lambda _, hook: activations)]
     for later in range(layer + 1, model.cfg.n_layers):
         hooks += _clean_past_hooks(model, cache, later, row)
@@ -124,11 +209,11 @@ def _attributions(
         # a probability depends on the activations of its own position only, so one sum serves all positions
         (gradients,) = torch.autograd.grad(probabilities.sum(), activations)
     attributions = einsum(
-        gradients[:, batch.targets].float(),
-        clean[row, batch.targets].float(),
+        at_least_float32(gradients[:, batch.targets]),
+        at_least_float32(clean[row, batch.targets]),
         "copy pos neuron, copy pos neuron -> copy neuron",
     )
-    sums = torch.zeros(len(batch), attributions.shape[1], device=attributions.device).index_add(0, row, attributions)
+    sums = attributions.new_zeros(len(batch), attributions.shape[1]).index_add(0, row, attributions)
     return sums / batch.suffix_len / steps
 
 
@@ -149,6 +234,13 @@ def _clean_past_hooks(
     def to_all_heads(heads: Float[Tensor, "copy pos kv_head d_head"]) -> Float[Tensor, "copy pos head d_head"]:
         return heads.repeat_interleave(model.cfg.n_heads // heads.shape[2], dim=2)
 
+    def own_product(keys: Float[Tensor, "copy pos head d_head"]) -> Float[Tensor, "copy head pos"]:
+        products = einsum(own["query"], keys, "copy pos head d, copy pos head d -> copy head pos")
+        return products / attention.attn_scale
+
+    def capped(scores: Tensor) -> Tensor:
+        return apply_softcap(scores, model.cfg.attn_scores_soft_cap)
+
     def keep_query(query: Tensor, hook: HookPoint) -> None:
         own["query"] = query
 
@@ -164,8 +256,11 @@ def _clean_past_hooks(
         return clean_value
 
     def own_score(scores: Tensor, hook: HookPoint) -> Tensor:
-        change = einsum(own["query"], own["key_change"], "copy pos head d, copy pos head d -> copy head pos")
-        return scores + torch.diag_embed(change / attention.attn_scale)
+        change = own_product(own["key_change"])
+        if model.cfg.attn_scores_soft_cap > 0:  # Gemma 2: scores are capped before they come here
+            clean = own_product(to_all_heads(clean_key))
+            change = capped(clean + change) - capped(clean)
+        return scores + torch.diag_embed(change)
 
     def own_value(read: Tensor, hook: HookPoint) -> Tensor:
         return read + own["attention"].to(read.dtype) * own["value_change"]

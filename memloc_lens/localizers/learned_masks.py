@@ -26,8 +26,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import NEURONS, WEIGHTS, Component, ComponentName, component_of, post
+from memloc_lens.components import HEADS, NEURONS, WEIGHTS, Component, ComponentName, component_of, post
 from memloc_lens.forward import norm_after_mlp, run_layers, target_loss
+from memloc_lens.hooks import check_no_backward_hooks, hooked, hooked_after_neurons
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
 
@@ -72,7 +73,7 @@ class Slimming:
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         shape = _mask_shape(self, model, len(batch))
-        values = torch.ones(shape, device=batch.tokens.device, requires_grad=True)
+        values = torch.ones(shape, device=batch.tokens.device, dtype=torch.float32, requires_grad=True)
 
         def mask_and_regularizer() -> tuple[Tensor, Tensor]:
             return values.clamp(0, 1), values.abs().flatten(1).mean(dim=1)
@@ -127,13 +128,14 @@ class HardConcrete:
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         generator = torch.Generator().manual_seed(self.seed)
-        start = torch.logit(torch.tensor((self.init + STRETCH) / (1 + 2 * STRETCH)))
+        start = torch.logit(torch.tensor((self.init + STRETCH) / (1 + 2 * STRETCH), dtype=torch.float32))
         shape, device = _mask_shape(self, model, len(batch)), batch.tokens.device
         log_alpha = start.repeat(*shape).to(device).requires_grad_(True)
-        closed = self.temperature * torch.log(torch.tensor(STRETCH / (1 + STRETCH))).item()
+        closed = self.temperature * torch.log(torch.tensor(STRETCH / (1 + STRETCH), dtype=torch.float32)).item()
 
         def mask_and_regularizer() -> tuple[Tensor, Tensor]:
-            noise = torch.rand(shape[1:], generator=generator).clamp(1e-4, 1 - 1e-4).logit().to(device)
+            uniform = torch.rand(shape[1:], generator=generator, dtype=torch.float32)
+            noise = uniform.clamp(1e-4, 1 - 1e-4).logit().to(device)
             gates = torch.sigmoid((noise + log_alpha) / self.temperature)
             open_probability = torch.sigmoid(log_alpha - closed)
             return (gates * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1), open_probability.flatten(1).mean(dim=1)
@@ -157,8 +159,10 @@ def _score(
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     score_batch: Callable[[HookedTransformer, Batch], Tensor],
 ) -> Float[Tensor, "..."]:
-    check_model(model)
+    model = check_model(model)
     component = component_of(settings.component)
+    source = HEADS if component is HEADS else NEURONS  # a weight of W_out multiplies its neuron's activation
+    check_no_backward_hooks(model, map(source.activations_at, range(settings.first_layer, model.cfg.n_layers)))
     try:
         return score(
             model,
@@ -223,29 +227,31 @@ def _train(
 
 def _masked_residual(
     model: HookedTransformer, batch: Batch, first_layer: int, component: Component
-) -> Callable[[Float[Tensor, "row layer *unit"]], Float[Tensor, "row suffix d_model"]]:
+) -> Callable[[Float[Tensor, "row layer *unit"]], Float[Tensor, "row target d_model"]]:
     """Return a function from masks to the final residual stream at the targets, which runs only what masks change.
 
     Up to the neurons of the first masked layer everything is as in the clean pass, which runs once; masking these
     adds the change of their activations times `W_out` to the stream.
     """
-    if component is not NEURONS or norm_after_mlp(model):
+    if component is not NEURONS or norm_after_mlp(model) or hooked_after_neurons(model, first_layer):
         with torch.no_grad():
             before = model(batch.tokens, return_type="logits", stop_at_layer=first_layer)
+        # a user's backward hook before the first mask fails if nothing there has a gradient
+        before.requires_grad_(bool(hooked(model, f"blocks.{first_layer}")))
 
-        def run_all(values: Float[Tensor, "row layer *unit"]) -> Float[Tensor, "row suffix d_model"]:
+        def run_all(values: Float[Tensor, "row layer *unit"]) -> Float[Tensor, "row target d_model"]:
             with component.masked(model, values, first_layer):
                 return run_layers(model, before, first_layer, batch.prompt_len)
 
         return run_all
 
     with torch.no_grad():
-        names = [post(first_layer), f"blocks.{first_layer}.hook_resid_post"]
-        _, cache = model.run_with_cache(batch.tokens, stop_at_layer=first_layer + 1, names_filter=names)
-    activations, clean = (cache[name] for name in names)  # [row, pos, neuron], [row, pos, d_model]
+        name = post(first_layer)
+        clean, cache = model.run_with_cache(batch.tokens, stop_at_layer=first_layer + 1, names_filter=name)
+    activations = cache[name]  # [row, pos, neuron]
     weights = model.blocks[first_layer].mlp.W_out
 
-    def run_later(values: Float[Tensor, "row layer neuron"]) -> Float[Tensor, "row suffix d_model"]:
+    def run_later(values: Float[Tensor, "row layer neuron"]) -> Float[Tensor, "row target d_model"]:
         change = activations * (values[:, 0] - 1).to(activations).unsqueeze(1)
         entering = clean + change @ weights
         if first_layer + 1 == model.cfg.n_layers:

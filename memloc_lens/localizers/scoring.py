@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_first_layer
+from memloc_lens.checks import check_first_layer, check_model, in_one_line
 from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
 from memloc_lens.memory import in_chunks, rows_at_once
@@ -63,6 +63,7 @@ def score(
     Raises:
         ValueError: if the list is empty, the model cannot read a sequence, or it has no layer `first_layer`.
     """
+    model = check_model(model)
     listed = check_sequences(model, sequences)
     if not listed:
         raise ValueError("no sequence to localize was given")
@@ -79,8 +80,32 @@ def score(
             )
         )
 
-    scores = torch.zeros(len(listed), *component.shape(model), device=device)
     with frozen(model):
+        scores = torch.zeros(len(listed), *component.shape(model), device=device, dtype=torch.float32)
+        if rows_each > 1:
+            _check_copies_agree(model, listed[0].tokens.to(device))
         for indices, group in equal_length_batches(listed, len(listed)):
             scores[indices] = score_group(group).float()
     return scores[0] if isinstance(sequences, MemorizedSequence) else scores
+
+
+@torch.no_grad()
+def _check_copies_agree(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> None:
+    """Refuse hooks that do not treat copies of a sequence in one batch as they treat the sequence alone."""
+    parts = model.named_modules()
+    name = next((name for name, part in parts if part._forward_hooks or part._forward_pre_hooks), "")
+    if not name:
+        return
+    alone = model(tokens[None], return_type="logits")
+    try:
+        copies = model(tokens.repeat(3, 1), return_type="logits")
+        agree = bool((copies - alone).abs().max() <= 1e-3 * alone.abs().max())
+    except Exception as error:
+        raise ValueError(
+            f"{name} has a hook that fails on a batch of copies of the sequence: {in_one_line(error)}"
+        ) from error
+    if not agree:
+        raise ValueError(
+            f"{name} has a hook that changes copies of the sequence in one batch in different ways, and this method "
+            "runs many; let the hook treat all rows alike, or remove it"
+        )

@@ -9,11 +9,14 @@ Chang et al. (2024), sec. 4.1. Exact leave-one-out over all neurons, without a f
 4. After the last layer the unembedding is linear but for the scale of the final norm: a neuron's row of `W_out` is
    unembedded once, and the logits of all positions follow from it.
 
-Where a norm follows the MLP (Gemma 2, OLMo 2), the term of step 2 is no longer rank one: layer l then runs too, with
-the neuron zeroed. Attention heads are few: for each, layer l and the later ones run with the head zeroed.
+Where a norm (Gemma 2, OLMo 2) or a user's hook follows the MLP, the term of step 2 is no longer rank one: layer l then
+runs too, with the neuron zeroed. Attention heads are few: for each, layer l and the later ones run with the head
+zeroed.
 
 With `candidates` below 1, one backward pass first estimates every rise from the gradient, and only the share of each
 layer's components with the highest estimates is scored exactly.
+
+The weights of a model in half precision are held in float32, too, while it runs.
 """
 
 from collections.abc import Sequence
@@ -27,12 +30,22 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformer_lens import ActivationCache, HookedTransformer
-from transformer_lens.components import LayerNorm, RMSNorm
+from transformer_lens import HookedTransformer
+from transformer_lens.components import LayerNorm
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, post, top_components
-from memloc_lens.forward import final_residual, norm_after_mlp, run_layers, target_loss
+from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, top_components
+from memloc_lens.forward import (
+    CleanPass,
+    at_targets,
+    clean_pass,
+    final_residual,
+    norm_after_mlp,
+    run_layers,
+    target_loss,
+)
+from memloc_lens.hooks import END, hooked, hooked_after_neurons
+from memloc_lens.isolation import in_float32
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -72,7 +85,7 @@ class ZeroOut:
         Raises:
             ValueError: if `candidates` takes no component of a layer.
         """
-        check_model(model)
+        model = check_model(model)
         component = component_of(self.component)
         return score(
             model,
@@ -84,23 +97,23 @@ class ZeroOut:
             rows_each=prod(component.shape(model)[1:]),
         )
 
-    @torch.no_grad()
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
-        residual, cache = model.run_with_cache(
-            batch.tokens,
-            stop_at_layer=model.cfg.n_layers,
-            names_filter=lambda name: name.endswith(("mlp.hook_post", "hook_resid_pre", "hook_resid_post")),
-        )
-        clean_loss = target_loss(model, residual[:, batch.targets], batch)
+        # a rise is a small difference of two losses: in half precision it would be noise
+        with torch.no_grad(), in_float32(model):
+            return self._rises(model, batch)
+
+    def _rises(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
+        clean = clean_pass(model, batch.tokens)
+        clean_loss = target_loss(model, at_targets(model, clean.streams[-1], batch), batch)
         losses_without = _losses_without_head if self.component == "head" else _losses_without_neuron
         chosen = self._candidates(model, batch)
         size = rows_at_once(model, batch.length, batch.suffix_len)
-        scores = torch.zeros(chosen.shape, device=batch.tokens.device)
+        scores = torch.zeros(chosen.shape, device=batch.tokens.device, dtype=torch.float32)
         for layer in range(self.first_layer, model.cfg.n_layers):
             pairs = chosen[:, layer].nonzero()  # [pair, 2]: a row of the batch, and a component
-            losses = in_chunks(pairs, size, partial(losses_without, model, cache, layer, batch))
+            losses = in_chunks(pairs, size, partial(losses_without, model, clean, layer, batch))
             row, unit = pairs.unbind(dim=1)
-            rises = torch.cat(losses) - clean_loss[row]
+            rises = (torch.cat(losses) - clean_loss[row]).float()
             scores[:, layer] = rises.min() if self.candidates < 1 else 0.0
             scores[row, layer, unit] = rises
         return scores
@@ -120,7 +133,7 @@ def estimated_rises(
 ) -> Float[Tensor, "row layer *unit"]:
     """Estimate the rises that ZeroOut measures, to first order: minus the gradient of the loss by a mask of ones."""
     shape = (len(batch), *component.shape(model))
-    ones = torch.ones(shape, device=batch.tokens.device, requires_grad=True)
+    ones = torch.ones(shape, device=batch.tokens.device, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad(), component.masked(model, ones):
         losses = target_loss(model, final_residual(model, batch), batch)
         (gradient,) = torch.autograd.grad(losses.sum(), ones)
@@ -128,70 +141,63 @@ def estimated_rises(
 
 
 def _losses_without_head(
-    model: HookedTransformer, cache: ActivationCache, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
+    model: HookedTransformer, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
 ) -> Float[Tensor, " pair"]:
     """Return the suffix losses with one head of `layer` zeroed in each pair's row."""
     row, head = pairs.unbind(dim=1)
     kept = HEADS.aligned(head[:, None] != torch.arange(model.cfg.n_heads, device=head.device))
     with HEADS.edited(model, {layer: lambda outputs: outputs * kept.to(outputs)}):
-        residuals = run_layers(model, cache["resid_pre", layer][row], layer, batch.prompt_len)
+        residuals = run_layers(model, clean.streams[layer][row], layer, batch.prompt_len)
     return target_loss(model, residuals, batch[row])
 
 
 def _losses_without_neuron(
-    model: HookedTransformer, cache: ActivationCache, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
+    model: HookedTransformer, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
 ) -> Float[Tensor, " pair"]:
     """Return the suffix losses with one neuron of `layer` zeroed in each pair's row."""
     row, neuron = pairs.unbind(dim=1)
-    if layer == model.cfg.n_layers - 1 and _has_plain_end(model):
-        return _losses_without_last(model, cache, batch, row, neuron)
-    residuals = _residuals_without(model, cache, layer, row, neuron)
+    adds_up = not (norm_after_mlp(model) or hooked_after_neurons(model, layer))
+    if layer == model.cfg.n_layers - 1 and adds_up and _has_plain_end(model):
+        return _losses_without_last(model, clean, batch, row, neuron)
+    residuals_without = _residuals_without if adds_up else _residuals_by_masking
+    residuals = residuals_without(model, clean, layer, row, neuron)
     residuals = run_layers(model, residuals, layer + 1, batch.prompt_len)
     return target_loss(model, residuals, batch[row])
 
 
 def _residuals_without(
-    model: HookedTransformer,
-    cache: ActivationCache,
-    layer: int,
-    row: Int[Tensor, " pair"],
-    neuron: Int[Tensor, " pair"],
+    model: HookedTransformer, clean: CleanPass, layer: int, row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair pos d_model"]:
     """Return the residual stream after `layer` of each pair's row with its neuron zeroed."""
-    if norm_after_mlp(model):
-        return _residuals_by_masking(model, cache, layer, row, neuron)
-    activations = cache[post(layer)][row, :, neuron].unsqueeze(-1)
+    activations = clean.activations[layer][row, :, neuron].unsqueeze(-1)
     weights = rearrange(model.blocks[layer].mlp.W_out[neuron], "pair d_model -> pair 1 d_model")
-    return cache["resid_post", layer][row] - activations * weights
+    return clean.streams[layer + 1][row] - activations * weights
 
 
 def _residuals_by_masking(
-    model: HookedTransformer,
-    cache: ActivationCache,
-    layer: int,
-    row: Int[Tensor, " pair"],
-    neuron: Int[Tensor, " pair"],
+    model: HookedTransformer, clean: CleanPass, layer: int, row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair pos d_model"]:
+    """Return the same where the neurons' outputs do not simply add up: `layer` runs again without the neuron."""
+
     def without(activations: Float[Tensor, "pair pos neuron"]) -> Float[Tensor, "pair pos neuron"]:
         return activations.scatter(2, neuron[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
 
     with NEURONS.edited(model, {layer: without}):
-        return model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=layer + 1)
+        return model(clean.streams[layer][row], start_at_layer=layer, stop_at_layer=layer + 1)
 
 
 def _has_plain_end(model: HookedTransformer) -> bool:
-    """Tell whether the last MLP adds to the residual stream, and logits are linear in it but for the norm's scale."""
+    """Tell whether logits are linear in the residual stream but for the norm's scale."""
     return (
-        isinstance(model.ln_final, LayerNorm | RMSNorm)
-        and not norm_after_mlp(model)
+        model.cfg.normalization_type in ("LN", "RMS")
+        and not hooked(model, *END)
         and model.cfg.output_logits_soft_cap <= 0
-        and model.cfg.dtype in (torch.float32, torch.float64)
     )
 
 
 def _losses_without_last(
     model: HookedTransformer,
-    cache: ActivationCache,
+    clean: CleanPass,
     batch: Batch,
     row: Int[Tensor, " pair"],
     neuron: Int[Tensor, " pair"],
@@ -202,14 +208,14 @@ def _losses_without_last(
     def centred(stream: Float[Tensor, "... d_model"]) -> Float[Tensor, "... d_model"]:
         return stream - stream.mean(dim=-1, keepdim=True) if isinstance(norm, LayerNorm) else stream
 
-    clean = centred(cache["resid_post", layer][:, batch.targets])  # [row, target, d_model]
+    stream = centred(clean.streams[-1][:, batch.targets])  # [row, target, d_model]
     written = centred(model.blocks[layer].mlp.W_out[neuron])  # [pair, d_model]
-    activation = cache[post(layer)][row, batch.targets, neuron].unsqueeze(-1)  # [pair, target, 1]
-    scale = ((clean[row] - activation * written.unsqueeze(1)).square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
-    clean_logits, written_logits = ((stream * norm.w) @ model.unembed.W_U for stream in (clean, written))
+    activation = clean.activations[layer][row, batch.targets, neuron].unsqueeze(-1)  # [pair, target, 1]
+    scale = ((stream[row] - activation * written.unsqueeze(1)).square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
+    clean_logits, written_logits = ((part * norm.w) @ model.unembed.W_U for part in (stream, written))
     constant = model.unembed.b_U + (norm.b @ model.unembed.W_U if isinstance(norm, LayerNorm) else 0)
     losses = []
     for index, true in enumerate(batch.suffix.T):
         logits = torch.addcmul(clean_logits[row, index], activation[:, index], written_logits, value=-1)
         losses.append(cross_entropy(logits.div_(scale[:, index]).add_(constant), true[row], reduction="none"))
-    return torch.stack(losses).mean(dim=0).float()
+    return torch.stack(losses).mean(dim=0)

@@ -38,5 +38,5 @@ def _sin_cos(
     rotary: Any, options: dict[str, str], rotary_dim: int, n_ctx: int, base: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "pos rotary_dim"], Float[Tensor, "pos rotary_dim"]]:
     """Return what TransformerLens' method of this name does."""
-    cos, sin = rotary(torch.empty(0, dtype=dtype), torch.arange(n_ctx)[None], **options)
+    cos, sin = rotary(torch.empty(0, dtype=dtype, device="cpu"), torch.arange(n_ctx, device="cpu")[None], **options)
     return sin[0], cos[0]

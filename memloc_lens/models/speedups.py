@@ -11,6 +11,9 @@ from torch.nn.functional import gelu, layer_norm
 from transformer_lens import HookedTransformer
 from transformer_lens.components import LayerNorm
 
+from memloc_lens.checks import check_model
+from memloc_lens.hooks import has_hooks, own
+
 
 def prepare(model: HookedTransformer) -> None:
     """Speed up the forward pass of a model without changing its weights or its results.
@@ -18,7 +21,10 @@ def prepare(model: HookedTransformer) -> None:
     `load_model` does this to every model; a second time changes nothing.
 
     Args:
-        model: any `HookedTransformer`, changed in place.
+        model: any `HookedTransformer` that `check_model` lets pass, changed in place.
+
+    Raises:
+        ValueError: if it is another model.
 
     Example:
         >>> from memloc_lens.models import prepare
@@ -28,6 +34,7 @@ def prepare(model: HookedTransformer) -> None:
         >>> bool((model(tokens) == logits).all())
         True
     """
+    model = check_model(model)
     _fuse_gelu(model)
     _fuse_norms(model)
     _store_as_multiplied(model)
@@ -45,13 +52,13 @@ def _fuse_norms(model: HookedTransformer) -> None:
     if model.cfg.dtype in (torch.float32, torch.float64):
         for module in model.modules():
             if isinstance(module, LayerNorm) and "forward" not in vars(module):
-                vars(module)["forward"] = functools.partial(_fused_norm, module, module.forward)
+                vars(module)["forward"] = own(functools.partial(_fused_norm, module, module.forward))
 
 
 def _fused_norm(
     norm: LayerNorm, in_steps: Callable[[Tensor], Tensor], stream: Float[Tensor, "*batch d_model"]
 ) -> Float[Tensor, "*batch d_model"]:
-    if norm.hook_scale.has_hooks() or norm.hook_normalized.has_hooks():
+    if any(point._forward_hooks or has_hooks(point) for point in (norm.hook_scale, norm.hook_normalized)):
         return in_steps(stream)
     return layer_norm(stream, (norm.length,), norm.w, norm.b, norm.eps)
 

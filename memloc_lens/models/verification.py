@@ -30,7 +30,9 @@ def check_same(model: HookedTransformer, original: Any) -> None:
         ValueError: stating the largest difference, in nats.
     """
     cfg = model.cfg
-    tokens = torch.randint(cfg.d_vocab, (1, _length(model)), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        cfg.d_vocab, (1, _length(model)), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
     with fast_products(torch.device("cpu")):
         log_probs = model(tokens, return_type="logits").double().log_softmax(-1)
         expected = original(tokens, use_cache=False).logits.double().log_softmax(-1)

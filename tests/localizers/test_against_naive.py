@@ -19,6 +19,7 @@ from memloc_lens import (
     ZeroOut,
     top_components,
 )
+from memloc_lens.forward import clean_pass
 from memloc_lens.localizers.zero_out import _residuals_by_masking, _residuals_without, estimated_rises
 from memloc_lens.sequence import Batch
 
@@ -45,13 +46,13 @@ def test_activations(any_model, sequence, reduction, component):
 
 def test_integrated_gradients(any_model, sequence):
     scores = IntegratedGradients(steps=5)(any_model, sequence)
-    assert close(scores, naive.integrated_gradients(any_model, sequence, fractions=[0, 0.25, 0.5, 0.75, 1]))
+    assert close(scores, naive.integrated_gradients(any_model, sequence, steps=5))
 
 
 def test_gradients_of_a_lone_step_are_taken_at_zero(any_model, sequence):
     scores = IntegratedGradients(steps=1)(any_model, sequence)
-    assert close(scores, naive.integrated_gradients(any_model, sequence, fractions=[0]))
-    assert not close(scores, naive.integrated_gradients(any_model, sequence, fractions=[1]), tolerance=0.1)
+    assert close(scores, naive.integrated_gradients(any_model, sequence, steps=1))
+    assert not close(scores, naive.integrated_gradients(any_model, sequence, 1, fractions=[1]), tolerance=0.1)
 
 
 def test_integrated_gradients_by_captum(gpt2):
@@ -148,10 +149,10 @@ def test_random_is_uniform_and_seeded(any_model, sequence, component):
 def test_zero_out_by_masking_is_the_rank_one_form(gpt2, sequence):
     """The form for models with a norm after the MLP must agree where both hold."""
     other = random_sequence(1)
-    _, cache = gpt2.run_with_cache(torch.stack([sequence.tokens, other.tokens]))
+    clean = clean_pass(gpt2, torch.stack([sequence.tokens, other.tokens]))
     row, neuron = torch.tensor([0, 1, 1]), torch.tensor([0, 5, 9])
-    by_rank_one = _residuals_without(gpt2, cache, 1, row, neuron)
-    assert torch.allclose(_residuals_by_masking(gpt2, cache, 1, row, neuron), by_rank_one, atol=1e-12)
+    by_rank_one = _residuals_without(gpt2, clean, 1, row, neuron)
+    assert torch.allclose(_residuals_by_masking(gpt2, clean, 1, row, neuron), by_rank_one, atol=1e-12)
 
 
 @pytest.mark.parametrize("first_layer", [0, 1, 2])

@@ -162,12 +162,6 @@ def test_sequences_that_do_not_fit_are_refused(gpt2):
         Activations()(gpt2, [])
 
 
-def test_capped_attention_is_refused(gpt2, sequence, monkeypatch):
-    monkeypatch.setattr(gpt2.cfg, "attn_scores_soft_cap", 50.0)
-    with pytest.raises(ValueError, match="caps its attention scores, which integrated gradients do not support"):
-        IntegratedGradients()(gpt2, sequence)
-
-
 def test_not_every_method_scores_every_component(gpt2, sequence):
     with pytest.raises(ValueError, match="ZeroOut has no exact form for every weight; it scores neurons and heads"):
         ZeroOut(component="weight")
