@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import math
+import os
 import re
 import shlex
 import sys
@@ -27,6 +28,9 @@ from sybil.example import NotEvaluated
 from sybil.parsers.doctest import DocTestParser
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 from sybil.sybil import SybilCollection
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers of threads of their own would wait for each other
 
 ROOT = Path(__file__).parent
 OUTPUT = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE

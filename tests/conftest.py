@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -28,6 +29,9 @@ from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
 from memloc_lens.components import Component
 from memloc_lens.runs.folder import RunFolder
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # where a plugin has imported torch before OMP_NUM_THREADS was set
 
 VOCAB, CONTEXT, PROMPT = 97, 40, 6
 ARCHITECTURES = ("gpt2", "neox", "llama", "llama-tied")

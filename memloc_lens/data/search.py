@@ -79,6 +79,8 @@ def begin(settings: FindSettings, engine: Engine, documents: str) -> Search:
             f"prompt and suffix are {settings.length} tokens, and {settings.model} reads at most {model.cfg.n_ctx}; "
             "shorten them"
         )
+    if all(map(is_local, settings.corpus)) and not any(_distinct_windows(settings, model, {"windows": 0})):
+        raise _no_window(settings)  # before the folder belongs to such a corpus
     own = {name: value for name, value in settings.as_json().items() if name not in NOT_IDENTITY}
     config = {
         **own,
@@ -129,6 +131,12 @@ def all_like(rows: Any, wanted: Mapping[str, Any]) -> bool:
     )
 
 
+def _no_window(settings: FindSettings) -> ValueError:
+    return ValueError(
+        f"the corpus has no window of {settings.length} tokens; give more text or shorten prompt and suffix"
+    )
+
+
 def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
     """Predict all windows teacher-forced.
 
@@ -141,9 +149,7 @@ def scan(search: Search) -> tuple[Counts, list[FoundWindow]]:
     counts: Counts = {"windows": 0, "without exact duplicates": 0}
     records = search.records(_scan_jobs(search, counts), "teacher-forced")
     if not counts["windows"]:
-        raise ValueError(
-            f"the corpus has no window of {search.settings.length} tokens; give more text or shorten prompt and suffix"
-        )
+        raise _no_window(search.settings)
     passed: list[FoundWindow] = [window for record in records for window in record["passed"]]
     counts["accurate"] = sum(record["accurate"] for record in records)
     counts["with enough distinct tokens"] = len(passed)

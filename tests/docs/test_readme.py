@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "pip install -c constraints.txt -e . && python -m memloc_lens.benchmarks.del",
-    'pip install -c constraints.txt -e ".[test]" && pytest',
+    'pip install -c constraints.txt -e ".[test]" && pytest -n logical --maxprocesses 4 --dist loadfile',
 )
 
 
