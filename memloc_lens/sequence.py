@@ -195,7 +195,7 @@ def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
         [token for token in tokens if isinstance(token, bool | np.bool_)] if isinstance(tokens, list | tuple) else []
     )
     if truths:
-        raise ValueError(f"sequence {id!r} has the token {truths[0]}; tokens must be whole numbers")
+        raise ValueError(f"sequence {id!r} has tokens that are {truths[0]}; tokens must be whole numbers")
     try:
         row = tokens if isinstance(tokens, Tensor) else torch.as_tensor(tokens, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

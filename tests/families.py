@@ -227,7 +227,7 @@ def integrated_gradients(model: HookedTransformer, original: Any) -> float:
     """The largest difference from the naive scores, as a share of the largest score."""
     with torch.enable_grad():
         scores = IntegratedGradients(steps=3)(model, _sequence())
-        return _apart(scores, naive.integrated_gradients(model, _sequence(), [0.0, 0.5, 1.0]))
+        return _apart(scores, naive.integrated_gradients(model, _sequence(), steps=3))
 
 
 def _sequence() -> MemorizedSequence:
