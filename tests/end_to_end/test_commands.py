@@ -1,12 +1,9 @@
 """The command line as a user meets it, in processes of its own."""
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -49,29 +46,6 @@ def written(out: Path) -> int:
     """How many lines of records a run has written so far."""
     file = out / "records.jsonl"
     return file.read_bytes().count(b"\n") if file.exists() else 0
-
-
-def test_kill_and_go_on(tmp_path):
-    whole = command(*SMALL, "--out", tmp_path / "whole")
-    assert whole.returncode == 0, whole.stderr
-    assert "Self-Acc" in whole.stdout
-    records = records_of(tmp_path / "whole")
-    assert len(records) == len(set(keys_of(records))) == RECORDS
-
-    out = tmp_path / "killed"
-    running = subprocess.Popen(
-        [*COMMAND, *SMALL, "--out", str(out)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    try:
-        while running.poll() is None and written(out) < 4:
-            time.sleep(0.01)
-        os.kill(running.pid, signal.SIGKILL)
-    finally:
-        running.wait()
-    assert 4 <= written(out) < RECORDS
-    assert command(*SMALL, "--out", out).returncode == 0
-    assert records_of(out) == records
-    assert (out / "summary.json").read_text() == (tmp_path / "whole" / "summary.json").read_text()
 
 
 def test_methods_of_the_users_own(recited, tmp_path):
