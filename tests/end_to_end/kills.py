@@ -49,6 +49,7 @@ def command(kind: str, options: list[str], said: Path) -> None:
     """Run a command in this process, which writes what it says to a file."""
     import importlib
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test suite in the background has it ignored
     sys.argv = ["command", *options]
     with said.open("w") as file, redirect_stderr(file), redirect_stdout(file):
         try:
