@@ -250,6 +250,7 @@ print((peak() - before) / (scores.numel() * scores.element_size()))
 """
 
 
+@pytest.mark.slow
 def test_sets_of_twenty_million_weights_take_less_memory_than_their_scores():
     pytest.importorskip("resource")
     command = [sys.executable, "-c", PEAK_OF_A_LARGE_CHOICE]

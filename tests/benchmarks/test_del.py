@@ -269,6 +269,7 @@ def test_metrics_of_a_model_with_a_tokenizer(tmp_path, embedded):
     assert before["self_free_dist"]["mean"] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_other_ablations_do_less_damage(tmp_path):
     settings = DeletionSettings(
         methods=("activations",), ratios=(0.5,), limit=1, negatives=1, controls=1, text_tokens=128, device="cpu"

@@ -225,6 +225,7 @@ def test_default_ratios_follow_the_model(small_inj, wide, tmp_path, component, o
         assert {made["ratio"]: made[f"{component}s"] for made in records_of(settings.out)} == expected
 
 
+@pytest.mark.slow
 def test_kept_norms_leave_no_leak(tmp_path):
     settings = InjectionSettings(
         ratios=(0.05,), keep_norms=True, methods=("weight-norm",), limit=3, max_steps=60, out=tmp_path, device="cpu"

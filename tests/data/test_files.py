@@ -134,6 +134,7 @@ def test_the_embedded_sequences_are_what_their_file_says(embedded):
         assert all((len(sequence.tokens), sequence.prompt_len) == (80, 32) for sequence in sequences)
 
 
+@pytest.mark.slow
 def test_the_embedded_sequences_are_distinct(embedded):
     """No two share more than 5% of their 5-grams."""
     sequences = [s for split in ("dev", "test", "control") for s in load_sequences(embedded, split=split)]

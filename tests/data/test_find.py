@@ -85,6 +85,7 @@ def test_near_duplicates_are_merged(settings):
     assert apart["counts"]["without near-duplicates"] == close
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_result(settings, monkeypatch):
     whole = replace(settings, out=settings.out / "whole")
     run(whole)
@@ -199,6 +200,7 @@ def test_a_limit_leaves_out_the_files_after_it(corpus, settings, tmp_path):
     assert run(replace(settings, corpus=(str(tmp_path / "texts"),), limit=3))["counts"]["windows"] == 3
 
 
+@pytest.mark.slow
 def test_any_engine_gives_the_same_result(settings):
     """Workers that load the model themselves, and records that arrive in another order."""
 
@@ -305,13 +307,9 @@ def test_the_command(corpus, tmp_path, monkeypatch):
     done = subprocess.run([*command, str(corpus), "--out", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "without near-duplicates" in done.stdout
-    for arguments, message in (
-        (["nowhere"], "no corpus at 'nowhere'"),
-        ([str(corpus), "--prompt", "0"], "prompt is 0"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["find", "--corpus", *arguments])
-        with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
-            find.main()
+    monkeypatch.setattr(sys, "argv", ["find", "--corpus", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^error: no corpus at 'nowhere'"):
+        find.main()
 
 
 def test_ground_truth_of_the_embedded_model(embedded, tmp_path):

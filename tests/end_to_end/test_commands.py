@@ -80,6 +80,7 @@ def test_methods_of_the_users_own(recited, tmp_path):
     (["--ratios", "0.0001"], "takes none of 768 neurons"),
     (["--hard-concrete.lr", "nan"], "lr is nan; it must be a number above 0"),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_bad_arguments_are_one_error(tmp_path, arguments, message):
     shown = command(*arguments, "--out", tmp_path / "run")
     assert shown.returncode != 0
