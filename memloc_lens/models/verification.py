@@ -1,5 +1,6 @@
 """Compare a `HookedTransformer` with the model of transformers that it was made from."""
 
+import math
 from typing import Any
 
 import torch
@@ -37,11 +38,15 @@ def check_same(model: HookedTransformer, original: Any) -> None:
         log_probs = model(tokens, return_type="logits").double().log_softmax(-1)
         expected = original(tokens, use_cache=False).logits.double().log_softmax(-1)
     difference, largest = (log_probs - expected).abs().max().item(), expected.abs().max().item()
-    if not difference <= LIMITS[cfg.dtype] * largest:
+    if not math.isfinite(difference):
+        raise ValueError(
+            f"the log-probabilities are not finite; the weights hold NaN or infinity, or overflow {cfg.dtype}"
+        )
+    if difference > LIMITS[cfg.dtype] * largest:
         raise ValueError(
             f"the HookedTransformer does not compute what {type(original).__name__} does: the log-probabilities of "
-            f"{tokens.shape[1]} random tokens differ by up to {difference:.2g} nats; the weights hold NaN or infinity, "
-            "or the configuration has a setting that is not supported"
+            f"{tokens.shape[1]} random tokens differ by up to {difference:.2g} nats; its configuration has a setting "
+            "that is not supported"
         )
 
 

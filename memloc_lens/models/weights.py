@@ -24,6 +24,7 @@ def of_llama(original: Any, cfg: HookedTransformerConfig) -> State:
 
 def of_phi3(original: Any, cfg: HookedTransformerConfig) -> State:
     """Return the state of Phi-3, in which one matrix makes queries, keys and values, and one makes gate and input."""
+    # the parts are views beside the whole, which the original goes on to use
     for layer in original.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         keys = attention.config.num_key_value_heads * attention.head_dim

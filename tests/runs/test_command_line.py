@@ -289,7 +289,7 @@ def test_a_command_runs_in_a_thread_too(capsys):
     ("error", "line"),
     [
         (ValueError("bad \x1b[31m id\nand more"), r"error: bad \x1b[31m id\nand more"),
-        (OSError(errno.ENOSPC, "No space left on device", "/tmp/x"), "error: /tmp/x: No space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device", "scores/a"), "error: scores/a: No space left on device"),
         (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/x']"), "error: No usable temp"),
         (PermissionError(errno.EROFS, "Read-only file system"), "error: Read-only file system"),
     ],
