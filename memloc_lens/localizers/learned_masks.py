@@ -26,9 +26,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import HEADS, NEURONS, WEIGHTS, Component, ComponentName, component_of, post
-from memloc_lens.forward import norm_after_mlp, run_layers, target_loss
-from memloc_lens.hooks import check_no_backward_hooks, hooked, hooked_after_neurons
+from memloc_lens.components import WEIGHTS, ComponentName, component_of
+from memloc_lens.forward import target_loss
+from memloc_lens.localizers.masking import check_gradients_pass, masked_residual
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
 
@@ -161,8 +161,7 @@ def _score(
 ) -> Float[Tensor, "..."]:
     model = check_model(model)
     component = component_of(settings.component)
-    source = HEADS if component is HEADS else NEURONS  # a weight of W_out multiplies its neuron's activation
-    check_no_backward_hooks(model, map(source.activations_at, range(settings.first_layer, model.cfg.n_layers)))
+    check_gradients_pass(model, component, settings.first_layer)
     try:
         return score(
             model,
@@ -200,7 +199,7 @@ def _train(
 ) -> Float[Tensor, "row layer *unit"]:
     """Run Adam on the parameters until every sequence has reached its stop, or for the maximum number of steps."""
     optimizer = torch.optim.Adam([parameters], lr=settings.lr)
-    masked = _masked_residual(model, batch, settings.first_layer, component_of(settings.component))
+    masked = masked_residual(model, batch, settings.first_layer, component_of(settings.component))
     result = parameters.detach().clone()
     running = torch.ones(len(batch), dtype=torch.bool, device=batch.tokens.device)
     diverged = torch.full((len(batch),), -1, device=batch.tokens.device)  # the step, without waiting for the device
@@ -223,43 +222,6 @@ def _train(
         row = int((diverged >= 0).nonzero()[0])
         raise _LossNotFinite(batch.tokens[row].cpu(), int(diverged[row]))
     return result
-
-
-def _masked_residual(
-    model: HookedTransformer, batch: Batch, first_layer: int, component: Component
-) -> Callable[[Float[Tensor, "row layer *unit"]], Float[Tensor, "row target d_model"]]:
-    """Return a function from masks to the final residual stream at the targets, which runs only what masks change.
-
-    Up to the neurons of the first masked layer everything is as in the clean pass, which runs once; masking these
-    adds the change of their activations times `W_out` to the stream.
-    """
-    if component is not NEURONS or norm_after_mlp(model) or hooked_after_neurons(model, first_layer):
-        with torch.no_grad():
-            before = model(batch.tokens, return_type="logits", stop_at_layer=first_layer)
-        # a user's backward hook before the first mask fails if nothing there has a gradient
-        before.requires_grad_(bool(hooked(model, f"blocks.{first_layer}")))
-
-        def run_all(values: Float[Tensor, "row layer *unit"]) -> Float[Tensor, "row target d_model"]:
-            with component.masked(model, values, first_layer):
-                return run_layers(model, before, first_layer, batch.prompt_len)
-
-        return run_all
-
-    with torch.no_grad():
-        name = post(first_layer)
-        clean, cache = model.run_with_cache(batch.tokens, stop_at_layer=first_layer + 1, names_filter=name)
-    activations = cache[name]  # [row, pos, neuron]
-    weights = model.blocks[first_layer].mlp.W_out
-
-    def run_later(values: Float[Tensor, "row layer neuron"]) -> Float[Tensor, "row target d_model"]:
-        change = activations * (values[:, 0] - 1).to(activations).unsqueeze(1)
-        entering = clean + change @ weights
-        if first_layer + 1 == model.cfg.n_layers:
-            return run_layers(model, entering, first_layer + 1, batch.prompt_len)
-        with component.masked(model, values[:, 1:], first_layer + 1):
-            return run_layers(model, entering, first_layer + 1, batch.prompt_len)
-
-    return run_later
 
 
 def _mask_shape(settings: Slimming | HardConcrete, model: HookedTransformer, rows: int) -> tuple[int, ...]:
