@@ -19,6 +19,7 @@ from memloc_lens import (
     ComponentSet,
     HardConcrete,
     IntegratedGradients,
+    IterativeGradient,
     MemorizedSequence,
     Neurons,
     Slimming,
@@ -201,6 +202,8 @@ QUICK = (
     "zero-out",
     IntegratedGradients(steps=2),
     "activations",
+    "gradient",
+    IterativeGradient(rounds=2),
     "weight-norm",
     "random",
 )
