@@ -81,8 +81,8 @@ class InjectionSettings(RunSettings):
         target_loss: The injection ends, and has succeeded, when the loss of the text is under this value, in nats.
         keep_norms: Keep the length of every row of W_out while injecting, so that its norm tells nothing. Not in the
             paper.
-        context: Text that some methods read besides their targets: a text file, or JSON lines with "text". Default: none,
-            because an injection makes the ground truth matter for all text.
+        context: Text that some methods read besides their targets: a text file, or JSON lines with "text". Default:
+            none, because an injection makes the ground truth matter for all text.
         context_sequences: Number of the embedded model's memorized sequences that they read. Default: 0.
         tune: Instead of running, try the released settings of the learned masks on the 5 texts of the split "dev" (of
             the package's own or a hub data set; of another file the first 5), and write the best to
@@ -193,7 +193,7 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
 def _with_context(settings: InjectionSettings, material: Material) -> InjectionSettings:
     """Give the methods what they may read besides the injected texts: nothing unless it is asked for.
 
-    An injection makes its components matter for all text, so that sparing what other text needs spares the ground truth.
+    An injection makes its components matter for all text: sparing what other text needs spares the ground truth.
     """
     if settings.context is None and settings.context_sequences is None:
         return settings
