@@ -29,6 +29,7 @@ from memloc_lens.localizers import (
 from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
 from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.smallest_set import SmallestSet, smallest_set
 
 __all__ = [
     "COMPONENTS",
@@ -47,6 +48,7 @@ __all__ = [
     "Neurons",
     "Random",
     "Slimming",
+    "SmallestSet",
     "WeightNorm",
     "ZeroOut",
     "ablate",
@@ -58,6 +60,7 @@ __all__ = [
     "mean_activations",
     "memory_budget",
     "set_from_indices",
+    "smallest_set",
     "top_components",
     "top_neurons",
 ]
