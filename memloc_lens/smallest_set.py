@@ -129,7 +129,7 @@ def smallest_set(
     if isinstance(sequence, list | tuple):
         raise ValueError(f"{len(sequence)} sequences were given; give one, with its scores")
     check_sequences(model, sequence)
-    limit = _limit(until, limit, len(sequence.suffix))
+    limit = limit_of(until, limit, len(sequence.suffix))
     check_number("samples", samples, least=1, whole=True)
     everything = top_components(scores, 1.0, first_layer, scope, component=component)  # checks them all
     component.check_shape(model, everything.shape)
@@ -200,7 +200,16 @@ def _of_any(probability: float, samples: int) -> float:
     return 1.0 if probability >= 1 else -math.expm1(samples * math.log1p(-probability))
 
 
-def _limit(until: str, limit: float | None, suffix_len: int) -> float:
+def limit_of(until: Until, limit: float | None, suffix_len: int) -> float:
+    """Return the limit of `smallest_set` for a suffix, which may be the default.
+
+    Raises:
+        ValueError: if the limit cannot be one of `until`, or is longer than the suffix.
+
+    Example:
+        >>> limit_of("greedy", None, suffix_len=48), limit_of("accuracy", None, suffix_len=48)
+        (24, 50.0)
+    """
     check_until(until, limit)
     if until == "accuracy":
         return 50.0 if limit is None else limit
