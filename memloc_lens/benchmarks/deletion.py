@@ -26,12 +26,20 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import Ablation, ablate, mean_activations
 from memloc_lens.benchmarks.adaptive import SMALLEST, Budget, check_budget, print_smallest, summarized
-from memloc_lens.benchmarks.measurement import METRICS, Match, Material, State, matches, measure, text_interval
+from memloc_lens.benchmarks.measurement import (
+    METRICS,
+    PROMPT_METRICS,
+    Material,
+    Recited,
+    State,
+    measure,
+    recited,
+    text_interval,
+)
 from memloc_lens.checks import check_choice, check_first_layer, check_number
 from memloc_lens.components import ComponentName, ComponentSet, Scope, component_of, count_of, top_components
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import PrefixCache
-from memloc_lens.generation import free_running
 from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
@@ -87,6 +95,8 @@ class DeletionSettings(RunSettings):
         until_limit: What must be less: tokens that greedy decoding gets right from the start (default: half of the
             suffix), accuracy in points (50), or probability that a sample is the suffix (0.1).
         until_samples: Number of samples for "sampled".
+        prompts: Also generate from other prompts of the targets: the last half of the prompt, and the prompt with every
+            8th token replaced. Recorded as self_cut_acc and self_perturbed_acc.
     """
 
     # chosen on the embedded model's dev sequences: docs/results/components.md
@@ -112,6 +122,7 @@ class DeletionSettings(RunSettings):
     until: Until | None = None
     until_limit: float | None = None
     until_samples: int = 1000
+    prompts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,7 +200,7 @@ def _open_folder(settings: DeletionSettings, material: Material) -> RunFolder:
     records = len(material.targets) * len(settings.localizers())
     problem = RecordCheck(settings, [sequence.id for sequence in material.others])
     own = dict(until=settings.until, limit=settings.until_limit, samples=settings.until_samples)
-    further = {"smallest_sets": own if settings.until else {}}
+    further = {"smallest_sets": own if settings.until else {}, **({"prompts": True} if settings.prompts else {})}
     return open_folder(settings, material.model, material.targets, others, records, problem, further)
 
 
@@ -216,7 +227,7 @@ def _summary(
     settings: DeletionSettings, material: Material, folder: RunFolder, before: list[Record]
 ) -> DeletionSummary:
     """Summarize all methods and ratios that the folder has for the targets, in the order of targets."""
-    names = [metric.name for metric in METRICS]
+    names = [metric.name for metric in (*METRICS, *PROMPT_METRICS)]
     order = {target.id: index for index, target in enumerate(material.targets)}
     methods = list(folder.config["methods"])
     measured = [r for r in folder.records if r["method"] != BEFORE and r["sequence"] in order]
@@ -284,6 +295,7 @@ def load_material(settings: DeletionSettings) -> Material:
         means=means,
         batch=settings.batch,
         prefix=PrefixCache(model, settings.first_layer),
+        prompts=settings.prompts,
     )
 
 
@@ -360,8 +372,8 @@ class MakeWorker:
 def _before(material: Material, job: Job) -> Iterator[Record]:
     """Record the state before any ablation: every metric of each target, and the accuracy of all sequences."""
     check_losses(material.model, material.targets, material.batch)
-    predictions = free_running(material.model, material.targets, material.batch)
-    state = State(material, matches(material.model, material.targets, predictions))
+    free = recited(material, material.targets, material.batch)
+    state = State(material, {target.id: own for target, own in zip(material.targets, free, strict=True)})
     for target in material.targets:
         if (target.id, BEFORE, 0.0) in job.keys:
             memorized = {sequence.id: state.forced(sequence).acc for sequence in [target, *material.others]}
@@ -459,20 +471,18 @@ def located(settings: DeletionSettings, scores: Tensor, ratio: float) -> Compone
     return top_components(scores, ratio, settings.first_layer, settings.scope, component=component)
 
 
-def _free_matches(settings: DeletionSettings, material: Material, cases: list[Case]) -> list[Match]:
-    """Return the free-running match of each case's target, generated side by side, each row with its own ablation."""
-    found: dict[int, Match] = {}
+def _free_matches(settings: DeletionSettings, material: Material, cases: list[Case]) -> list[Recited]:
+    """Return the free-running matches of each case's target, generated side by side, each row with its own ablation."""
+    found: dict[int, Recited] = {}
     targets = [case.target for case in cases]
     for indices, _ in equal_length_batches(targets, material.batch):
         rows = [targets[index] for index in indices]
         with _ablated(settings, material, [cases[index].located for index in indices]):
-            generated = free_running(material.model, rows, batch=len(rows))
-        for index, target, suffix in zip(indices, rows, generated, strict=True):
-            found[index] = matches(material.model, [target], [suffix])[target.id]
+            found |= zip(indices, recited(material, rows, batch=len(rows)), strict=True)
     return [found[index] for index in range(len(cases))]
 
 
-def _record(settings: DeletionSettings, material: Material, before: Record, case: Case, free: Match) -> Record:
+def _record(settings: DeletionSettings, material: Material, before: Record, case: Case, free: Recited) -> Record:
     started = time.perf_counter()
     with _ablated(settings, material, case.located):
         state = State(material, {case.target.id: free})

@@ -27,7 +27,7 @@ from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
-NOT_IDENTITY = ("out", "config", "memory", "methods", "limit", "until", "until_limit", "until_samples")
+NOT_IDENTITY = ("out", "config", "memory", "methods", "limit", "until", "until_limit", "until_samples", "prompts")
 """Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
 
 
