@@ -33,6 +33,7 @@ from memloc_lens.localizers import (
 from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
 from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.smallest_set import SmallestSet, smallest_set
 
 __all__ = [
     "COMPONENTS",
@@ -55,6 +56,7 @@ __all__ = [
     "Protect",
     "Random",
     "Slimming",
+    "SmallestSet",
     "WeightNorm",
     "ZeroOut",
     "ablate",
@@ -66,6 +68,7 @@ __all__ = [
     "mean_activations",
     "memory_budget",
     "set_from_indices",
+    "smallest_set",
     "top_components",
     "top_neurons",
 ]

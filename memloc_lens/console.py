@@ -1,4 +1,4 @@
-"""The console script: ``memloc del``, ``memloc inj``, ``memloc find``, ``memloc agreement``, ``memloc specificity``."""
+"""The console script: `memloc` and the name of a command of `COMMANDS`."""
 
 import importlib
 import sys
@@ -9,6 +9,7 @@ COMMANDS = {
     "find": ("memloc_lens.data.find", "find sequences of a corpus that a model has memorized"),
     "agreement": ("memloc_lens.benchmarks.agreement", "compare how a DEL and an INJ run rank the methods"),
     "specificity": ("memloc_lens.benchmarks.specificity", "analyse whether located components are specific"),
+    "frontier": ("memloc_lens.benchmarks.frontier", "compare methods of DEL runs at equal damage"),
 }
 """The module of each command, whose `main` runs it, and what it does."""
 

@@ -42,6 +42,7 @@ from memloc_lens import (
     mean_activations,
     memory_budget,
     set_from_indices,
+    smallest_set,
     top_components,
     top_neurons,
 )
@@ -122,6 +123,7 @@ OF_MODELS: dict[str, Callable[[Things, Any], Any]] = {
     "suffix_loss": lambda it, x: suffix_loss(x, [it.sequence]),
     "perplexity": lambda it, x: perplexity(x, it.rows),
     "mean_activations": lambda it, x: mean_activations(x, [it.sequence]),
+    "smallest_set": lambda it, x: smallest_set(x, it.sequence, it.scores),
     "load_sequences": lambda it, x: load_sequences(x),
     "load_definitions": lambda it, x: load_definitions(x),
     "from_text": lambda it, x: MemorizedSequence.from_text(x, "Return the number of items", 2),
@@ -136,6 +138,7 @@ OF_SEQUENCES: dict[str, Callable[[Things, Any], Any]] = {
     "free_running": lambda it, x: free_running(it.model, [x]),
     "suffix_loss": lambda it, x: suffix_loss(it.model, [x]),
     "mean_activations": lambda it, x: mean_activations(it.model, x),
+    "smallest_set": lambda it, x: smallest_set(it.model, x, it.scores),
 } | {name: lambda it, x, make=make: make()(it.model, x) for name, make in QUICK.items()}
 
 OF_SETS: dict[str, Callable[[Things, Any], Any]] = {
@@ -154,6 +157,7 @@ OF_SETS: dict[str, Callable[[Things, Any], Any]] = {
 OF_SCORES: dict[str, Callable[[Things, Any], Any]] = {
     "top_neurons": lambda it, x: top_neurons(x, 0.5),
     "top_components": lambda it, x: top_components(x, 0.5, component=HEADS),
+    "smallest_set": lambda it, x: smallest_set(it.model, it.sequence, x),
     "auroc": lambda it, x: auroc(x, it.neurons),
     "average_precision": lambda it, x: average_precision(x, it.heads),
 }
@@ -261,6 +265,36 @@ for name, make in FIRST_LAYERS.items():
         words = f"^first_layer is {layer}; the model has layers 0 to 5$"
         CASES[f"{name} from layer {layer}"] = (words, lambda it, x=make, layer=layer: x(layer)(it.model, it.sequence))
 
+
+OF_SMALLEST: dict[str, dict[str, Any]] = {
+    "^until is 'never'; it must be one of 'unextractable', 'greedy', 'accuracy', 'sampled'$": dict(until="never"),
+    "^the limit in tokens is 0; it must be a whole number at least 1$": dict(limit=0),
+    "^the limit in tokens is 2.5; it must be a whole number": dict(until="greedy", limit=2.5),
+    "^the limit is 99 tokens and the suffix has 8; it must be at most that$": dict(limit=99),
+    "^the limit of the accuracy is 0; it must be a number above 0 and at most 100$": dict(until="accuracy", limit=0),
+    "^the limit of the probability is 1.5; .* above 0 and at most 1$": dict(until="sampled", limit=1.5),
+    "^the limit of the probability is nan": dict(until="sampled", limit=math.nan),
+    "^samples is 0; it must be a whole number at least 1$": dict(samples=0),
+    "^first_layer is 6; the model has layers 0 to 5$": dict(first_layer=6),
+    "^scope is 'all'; it must be one of 'layer', 'global'$": dict(scope="all"),
+    "^kind is 'off'; it must be one of": dict(kind="off"),
+    "^component is the string 'head'": dict(component="head"),
+    r"^scores have the shape \[6, 768\]; those of one sequence are \[layer, neuron, d_model\]": dict(component=WEIGHTS),
+    r"^heads of shape \[6, 768\] .* do not fit embedded, which has \[6, 6\]$": dict(component=HEADS),
+    "over=sequences": dict(kind="mean"),
+}
+for words, wrong in OF_SMALLEST.items():
+    CASES[f"smallest_set: {words}"] = (
+        words, lambda it, wrong=wrong: smallest_set(it.model, it.sequence, it.scores, **wrong)
+    )  # fmt: skip
+CASES["smallest_set of two sequences"] = (
+    "^2 sequences were given; give one, with its scores$",
+    lambda it: smallest_set(it.model, [it.sequence] * 2, it.scores),
+)
+CASES["smallest_set of scores that are NaN"] = (
+    "^4608 of 4608 scores are NaN",
+    lambda it: smallest_set(it.model, it.sequence, it.scores * math.nan),
+)
 
 # --- how things go together
 

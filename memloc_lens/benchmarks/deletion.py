@@ -15,7 +15,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,13 +25,22 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import Ablation, ablate, mean_activations
+from memloc_lens.benchmarks.adaptive import SMALLEST, Budget, check_budget, print_smallest, summarized
 from memloc_lens.benchmarks.context import HELD_OUT, with_context
-from memloc_lens.benchmarks.measurement import METRICS, Match, Material, State, matches, measure, text_interval
+from memloc_lens.benchmarks.measurement import (
+    METRICS,
+    PROMPT_METRICS,
+    Material,
+    Recited,
+    State,
+    measure,
+    recited,
+    text_interval,
+)
 from memloc_lens.checks import check_choice, check_first_layer, check_number
 from memloc_lens.components import ComponentName, ComponentSet, Scope, component_of, count_of, top_components
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import PrefixCache
-from memloc_lens.generation import free_running
 from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
@@ -49,6 +58,7 @@ from memloc_lens.runs.settings import RunSettings, batches_of, identities, open_
 from memloc_lens.runs.statistics import summarize
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
+from memloc_lens.smallest_set import Until
 
 RATIOS: Mapping[str, tuple[float, ...]] = {"neuron": (0.001, 0.005), "head": (0.1, 0.2), "weight": (0.001, 0.005)}
 """Default shares: the paper's for neurons; heads are few."""
@@ -81,6 +91,13 @@ class DeletionSettings(RunSettings):
         bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
             model's tokenizer is configured to do.
         batch: Number of sequences that are localized or evaluated at a time.
+        until: Also find, for each method and target, the smallest set without which the target cannot be extracted, and
+            measure there: "unextractable" or "greedy" by greedy decoding, "accuracy", or "sampled".
+        until_limit: What must be less: tokens that greedy decoding gets right from the start (default: half of the
+            suffix), accuracy in points (50), or probability that a sample is the suffix (0.1).
+        until_samples: Number of samples for "sampled".
+        prompts: Also generate from other prompts of the targets: the last half of the prompt, and the prompt with every
+            8th token replaced. Recorded as self_cut_acc and self_perturbed_acc.
     """
 
     # chosen on the embedded model's dev sequences: docs/results/components.md
@@ -103,6 +120,10 @@ class DeletionSettings(RunSettings):
     ablation: Ablation = "zero"
     seed: int = 0
     batch: int = 16
+    until: Until | None = None
+    until_limit: float | None = None
+    until_samples: int = 1000
+    prompts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -116,12 +137,26 @@ class DeletionSettings(RunSettings):
         check_choice("ablation", self.ablation, ("zero", "mean", "scale"))
         if self.ablation == "mean" and self.component == "weight":
             raise ValueError("ablation is 'mean', and single weights have no activations; use 'zero' or 'scale'")
+        check_budget(self.until, self.until_limit, self.until_samples)
 
     def localizers(self) -> list[AnyLocalizer]:
         """Return the methods of the run, with its `first_layer` if they have one."""
         return [
             configured(localizer, self.component, first_layer=self.first_layer) for localizer in super().localizers()
         ]
+
+    @property
+    def budget(self) -> Budget | None:
+        """What smallest sets are asked for, if any."""
+        if self.until is None:
+            return None
+        own = (self.until, self.until_limit, self.until_samples)
+        return Budget(*own, self.first_layer, self.scope, component_of(self.component), self.ablation)
+
+    @property
+    def measured_at(self) -> tuple[float, ...]:
+        """The ratios of the records of a method."""
+        return (*self.ratios, *([] if self.until is None else [SMALLEST]))
 
 
 def main() -> None:
@@ -155,6 +190,8 @@ def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
         settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
         check_ratios(settings, material.model)
         settings = _with_context(settings, material)
+        if settings.budget:
+            settings.budget.check(material.targets)
         with _open_folder(settings, material) as folder:
             return _run_in(folder, settings, material, figures, engine)
 
@@ -171,7 +208,9 @@ def _open_folder(settings: DeletionSettings, material: Material) -> RunFolder:
     others = [*identities(material.others), *identities(material.controls), *text]
     records = len(material.targets) * len(settings.localizers())
     problem = RecordCheck(settings, [sequence.id for sequence in material.others])
-    return open_folder(settings, material.model, material.targets, others, records, problem)
+    own = dict(until=settings.until, limit=settings.until_limit, samples=settings.until_samples)
+    further = {"smallest_sets": own if settings.until else {}, **({"prompts": True} if settings.prompts else {})}
+    return open_folder(settings, material.model, material.targets, others, records, problem, further)
 
 
 def _run_in(
@@ -197,7 +236,7 @@ def _summary(
     settings: DeletionSettings, material: Material, folder: RunFolder, before: list[Record]
 ) -> DeletionSummary:
     """Summarize all methods and ratios that the folder has for the targets, in the order of targets."""
-    names = [metric.name for metric in METRICS]
+    names = [metric.name for metric in (*METRICS, *PROMPT_METRICS)]
     order = {target.id: index for index, target in enumerate(material.targets)}
     methods = list(folder.config["methods"])
     measured = [r for r in folder.records if r["method"] != BEFORE and r["sequence"] in order]
@@ -209,8 +248,9 @@ def _summary(
         "sequences": len(material.targets),
         "scope": settings.scope,
         "before": summarize(before, names)[BEFORE]["0.0"],
-        "methods": summarize(measured, names),
+        "methods": summarize([record for record in measured if record["ratio"] != SMALLEST], names),
         "published": {},
+        **summarized(measured, case_count(settings), names, folder.config["smallest_sets"]),
     }
 
 
@@ -264,6 +304,7 @@ def load_material(settings: DeletionSettings) -> Material:
         means=means,
         batch=settings.batch,
         prefix=PrefixCache(model, settings.first_layer),
+        prompts=settings.prompts,
     )
 
 
@@ -300,7 +341,7 @@ def _jobs(settings: DeletionSettings, material: Material, extents: Sequence[int]
         targets = material.targets[start:stop]
         for localizer in settings.localizers() if targets else ():
             method = name_of(localizer)
-            keys = tuple((target.id, method, ratio) for target in targets for ratio in settings.ratios)
+            keys = tuple((target.id, method, ratio) for target in targets for ratio in settings.measured_at)
             jobs.append(Job(keys, Batched(method, start, stop)))
     return jobs
 
@@ -340,8 +381,8 @@ class MakeWorker:
 def _before(material: Material, job: Job) -> Iterator[Record]:
     """Record the state before any ablation: every metric of each target, and the accuracy of all sequences."""
     check_losses(material.model, material.targets, material.batch)
-    predictions = free_running(material.model, material.targets, material.batch)
-    state = State(material, matches(material.model, material.targets, predictions))
+    free = recited(material, material.targets, material.batch)
+    state = State(material, {target.id: own for target, own in zip(material.targets, free, strict=True)})
     for target in material.targets:
         if (target.id, BEFORE, 0.0) in job.keys:
             memorized = {sequence.id: state.forced(sequence).acc for sequence in [target, *material.others]}
@@ -377,7 +418,8 @@ class RecordCheck:
             self._metrics[record["sequence"]] = [name for name in record if name not in (*KEY, "accuracies")]
             return lacks(record, ["self_acc", "self_free_acc"], {"accuracies": ids})
         metrics = self._metrics.get(record["sequence"], [])
-        return foreign(record, config) or lacks(record, [self._count, *metrics, *SECONDS], {"acc_changes": ids})
+        own = ["reached"] if record["ratio"] == SMALLEST else []
+        return foreign(record, config) or lacks(record, [self._count, *own, *metrics, *SECONDS], {"acc_changes": ids})
 
 
 @dataclass(frozen=True)
@@ -389,6 +431,8 @@ class Case:
     ratio: float
     located: ComponentSet
     localize_seconds: float
+    further: Record = field(default_factory=dict)
+    """What the record has beside."""
 
 
 def _measured(settings: DeletionSettings, material: Material, before: dict[str, Record], job: Job) -> Iterator[Record]:
@@ -410,6 +454,20 @@ def _measured(settings: DeletionSettings, material: Material, before: dict[str, 
         for target, scores in zip(targets, kept["scores"], strict=True)
         for ratio in settings.ratios
     ]
+    yield from _records(settings, material, before, job, cases)
+    if settings.budget and any(ratio == SMALLEST for *_, ratio in job.keys):
+        pairs = zip(targets, kept["scores"], strict=True)
+        found = [(target, *settings.budget.located(material, target, scores)) for target, scores in pairs]
+        cases = [Case(target, batched.method, SMALLEST, chosen, seconds, own) for target, chosen, own in found]
+        yield from _records(settings, material, before, job, cases)
+
+
+def _records(
+    settings: DeletionSettings, material: Material, before: dict[str, Record], job: Job, cases: list[Case]
+) -> Iterator[Record]:
+    """Measure the cases whose records are missing."""
+    if not any((case.target.id, case.method, case.ratio) in job.keys for case in cases):
+        return
     # all cases generate together, also when some are recorded, so that a resumed run has the same batches
     for case, free in zip(cases, _free_matches(settings, material, cases), strict=True):
         if (case.target.id, case.method, case.ratio) in job.keys:
@@ -422,20 +480,18 @@ def located(settings: DeletionSettings, scores: Tensor, ratio: float) -> Compone
     return top_components(scores, ratio, settings.first_layer, settings.scope, component=component)
 
 
-def _free_matches(settings: DeletionSettings, material: Material, cases: list[Case]) -> list[Match]:
-    """Return the free-running match of each case's target, generated side by side, each row with its own ablation."""
-    found: dict[int, Match] = {}
+def _free_matches(settings: DeletionSettings, material: Material, cases: list[Case]) -> list[Recited]:
+    """Return the free-running matches of each case's target, generated side by side, each row with its own ablation."""
+    found: dict[int, Recited] = {}
     targets = [case.target for case in cases]
     for indices, _ in equal_length_batches(targets, material.batch):
         rows = [targets[index] for index in indices]
         with _ablated(settings, material, [cases[index].located for index in indices]):
-            generated = free_running(material.model, rows, batch=len(rows))
-        for index, target, suffix in zip(indices, rows, generated, strict=True):
-            found[index] = matches(material.model, [target], [suffix])[target.id]
+            found |= zip(indices, recited(material, rows, batch=len(rows)), strict=True)
     return [found[index] for index in range(len(cases))]
 
 
-def _record(settings: DeletionSettings, material: Material, before: Record, case: Case, free: Match) -> Record:
+def _record(settings: DeletionSettings, material: Material, before: Record, case: Case, free: Recited) -> Record:
     started = time.perf_counter()
     with _ablated(settings, material, case.located):
         state = State(material, {case.target.id: free})
@@ -446,6 +502,7 @@ def _record(settings: DeletionSettings, material: Material, before: Record, case
         "method": case.method,
         "ratio": case.ratio,
         case_count(settings): len(case.located),
+        **case.further,
         **{name: round(value - before[name], 6) for name, value in after.items() if name in before},
         "acc_changes": {id: round(value - before["accuracies"][id], 4) for id, value in accuracies.items()},
         "localize_seconds": case.localize_seconds,
@@ -485,4 +542,6 @@ def show(settings: DeletionSettings, summary: DeletionSummary) -> None:
             if text
         ],
     )
+    if "smallest_sets" in summary:
+        print_smallest(summary, METRICS)
     print(f"\nrecords, scores and summary: {visible(settings.out)}")

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.benchmarks.prompts import PROMPTS
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import Predictions, free_running
 from memloc_lens.metrics import perplexity, row_losses, suffix_accuracy, teacher_forced, text_distance
@@ -36,6 +37,8 @@ class Material:
     """Maximum number of sequences at a time."""
     prefix: PrefixCache
     """Of the layers that no ablation of the run changes."""
+    prompts: bool = False
+    """Whether targets are also generated from other prompts."""
 
     def negatives(self, target: MemorizedSequence) -> list[MemorizedSequence]:
         """Return the other memorized sequences, without the target itself."""
@@ -49,15 +52,35 @@ class Match(NamedTuple):
     dist: float | None
 
 
+OWN = "own"
+Recited = dict[str, Match]
+"""The free-running match of a target by prompt: its own, and those of `PROMPTS` if they are asked for."""
+
+
+def recited(material: Material, targets: Sequence[MemorizedSequence], batch: int) -> list[Recited]:
+    """Return what is recited of each target, generated side by side; each kind of prompt has batches of its own."""
+    model = material.model
+    by_prompt = {OWN: list(targets)}
+    for name, vary in PROMPTS.items() if material.prompts else ():
+        by_prompt[name] = [vary(model, target) for target in targets]
+    found: list[Recited] = [{} for _ in targets]
+    for name, sequences in by_prompt.items():
+        generated = free_running(model, sequences, batch)
+        # row by row: with an ablation of its own for each row, a target may have several
+        for own, sequence, suffix in zip(found, sequences, generated, strict=True):
+            own |= {name: matches(model, [sequence], [suffix])[sequence.id]}
+    return found
+
+
 class State:
     """What the model recites while an ablation is open, or before any; measured when it is asked for.
 
     Args:
         material: of the run.
-        free: free-running match of targets, where it has been measured already.
+        free: free-running matches of targets, where they have been measured already.
     """
 
-    def __init__(self, material: Material, free: dict[str, Match] | None = None) -> None:
+    def __init__(self, material: Material, free: dict[str, Recited] | None = None) -> None:
         self.material, self._free = material, free or {}
         self._alone: dict[str, Match] = {}
 
@@ -79,8 +102,16 @@ class State:
 
     def free(self, target: MemorizedSequence) -> Match:
         """Return the match of the greedy continuation of a target's prompt."""
+        return self._recited(target)[OWN]
+
+    def other_prompt(self, target: MemorizedSequence, name: str) -> float | None:
+        """Return the accuracy of the greedy continuation of another prompt of a target, None if it is not asked for."""
+        found = self._recited(target).get(name)
+        return found.acc if found else None
+
+    def _recited(self, target: MemorizedSequence) -> Recited:
         if target.id not in self._free:
-            self._free |= matches(self.material.model, [target], free_running(self.material.model, [target]))
+            (self._free[target.id],) = recited(self.material, [target], batch=1)
         return self._free[target.id]
 
     def negatives(self, target: MemorizedSequence) -> list[Match]:
@@ -169,9 +200,17 @@ METRICS = (
 """The metrics of DEL: of the target (self), of other memorized sequences (neg), of controls, and of other text."""
 
 
+PROMPT_METRICS = (
+    Metric("self_cut_acc", "", "points", -1, "+.1f", lambda s, target: s.other_prompt(target, "cut")),
+    Metric("self_perturbed_acc", "", "points", -1, "+.1f", lambda s, target: s.other_prompt(target, "perturbed")),
+)
+"""Of the target when it is generated from other prompts: recorded if a run asks for them."""
+
+
 def measure(state: State, target: MemorizedSequence) -> dict[str, float]:
     """Return every metric of a target that there is something to measure for."""
-    values = {metric.name: metric.measure(state, target) for metric in METRICS}
+    metrics = (*METRICS, *PROMPT_METRICS) if state.material.prompts else METRICS
+    values = {metric.name: metric.measure(state, target) for metric in metrics}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from memloc_lens.report.table import Column
+from memloc_lens.report.table import Column, CountColumn, smallest_sets_heading
 from memloc_lens.runs.schema import ByMethod, Cells, DeletionSummary, InjectionsSummary, InjectionSummary, Published
 from memloc_lens.runs.visible import markdown
 
@@ -46,6 +46,11 @@ def deletion_tables(summary: DeletionSummary, columns: Sequence[Column]) -> str:
     for ratio, rows in _by_ratio(summary["methods"]).items():
         parts.append(f"**{_percent(ratio)} of {whose} {plural}**")
         parts.append(_table(rows, columns, _published(summary["published"], ratio), summary["before"]))
+    if "smallest_sets" in summary:
+        parts.append(f"**{smallest_sets_heading(summary)}**")
+        parts.append(
+            _table(summary["smallest_sets"]["methods"], [CountColumn(plural), *columns], {}, summary["before"])
+        )
     if "text" in summary:
         text = summary["text"]
         parts.append(
@@ -108,7 +113,8 @@ def _table(
     shown = [column for column in columns if column.heading and any(column.name in cells for cells in rows.values())]
     lines = [_row("method", *(column.heading for column in shown)), "|" + "---|" * (len(shown) + 1)]
     if before is not None:
-        lines.append(_row("before", *(f"{before[column.name]['mean']:.1f}" for column in shown)))
+        means = (f"{before[column.name]['mean']:.1f}" if column.name in before else "" for column in shown)
+        lines.append(_row("before", *means))
     for method, cells in rows.items():
         lines.append(_row(markdown(method), *(_cell(column, cells, rows) for column in shown)))
         if method in published:

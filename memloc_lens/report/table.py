@@ -1,6 +1,7 @@
 """The table at the end of a run: methods as rows, metrics as columns, one block a ratio."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from rich.console import Console
@@ -22,6 +23,27 @@ class Column(Protocol):
     def better(self) -> int: ...  # noqa: D102
     @property
     def form(self) -> str: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class CountColumn:
+    """The number of components as a column: the fewer, the better."""
+
+    name: str
+    better: int = -1
+    form: str = ".0f"
+
+    @property
+    def heading(self) -> str:
+        """The plural of the components."""
+        return self.name
+
+
+def smallest_sets_heading(summary: DeletionSummary) -> str:
+    """Return what the smallest sets of a summary are sets of, and until when components were dropped."""
+    smallest = summary["smallest_sets"]
+    limit = "" if smallest["limit"] is None else f" is below {smallest['limit']:g}"
+    return f"Smallest sets of {summary['component']}s, until {smallest['until']}{limit}"
 
 
 def wide_console(console: Console | None = None) -> Console:
@@ -64,7 +86,8 @@ def print_comparison(
             table.add_column(column.heading, justify="right", no_wrap=True)
         if summary["benchmark"] == "del":
             before = summary["before"]
-            table.add_row("before", *(f"{before[column.name]['mean']:.1f}" for column in columns), style="dim")
+            means = (f"{before[column.name]['mean']:.1f}" if column.name in before else "" for column in columns)
+            table.add_row("before", *means, style="dim")
         for method, cells in rows.items():
             table.add_row(plain(method), *(_cell(column, cells, _best(column, rows)) for column in columns))
             figures = summary.get("published", {}).get(method, {}).get(ratio)

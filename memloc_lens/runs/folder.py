@@ -23,7 +23,7 @@ from memloc_lens.runs.lock import lock
 from memloc_lens.runs.records import KEY, SEAL, Problem, broken_seal, read_records, read_table, sealed, why_unusable
 from memloc_lens.runs.schema import Record, Summary
 
-TABLES = ("methods", "windows")
+TABLES = ("methods", "windows", "smallest_sets")
 """Parts of a configuration that a later run may add entries to."""
 
 LISTS = ("ratios", "sequences")

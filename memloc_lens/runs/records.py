@@ -113,7 +113,8 @@ def foreign(record: Record, config: Mapping[str, Any]) -> str | None:
     """Return which method or ratio of a record its run does not have; None if it has both."""
     if record["method"] not in config["methods"]:
         return f"not a record of this run, which has no method {record['method']!r}"
-    if record["ratio"] not in config["ratios"]:
+    adaptive = [0.0] if config.get("smallest_sets") else []
+    if record["ratio"] not in [*config["ratios"], *adaptive]:
         return f"not a record of this run, which has no ratio {record['ratio']}"
     return None
 

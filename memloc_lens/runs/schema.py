@@ -40,6 +40,15 @@ class TextPerplexity(TypedDict):
     high: float
 
 
+class SmallestSetsSummary(TypedDict):
+    """The smallest sets of each method: their size and the change without them; `limit` is None for the default."""
+
+    until: str
+    limit: float | None
+    samples: int
+    methods: dict[str, Cells]
+
+
 class DeletionSummary(TypedDict):
     """`summary.json` of DEL: for each method, ratio and metric the mean change from `before`."""
 
@@ -52,6 +61,7 @@ class DeletionSummary(TypedDict):
     methods: ByMethod
     published: Published
     text: NotRequired[TextPerplexity]
+    smallest_sets: NotRequired[SmallestSetsSummary]
 
 
 class InjectionsSummary(TypedDict):

@@ -27,7 +27,10 @@ from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
-NOT_IDENTITY = ("out", "config", "memory", "methods", "limit", "context", "context_sequences")
+NOT_IDENTITY = (
+    *("out", "config", "memory", "methods", "limit", "context", "context_sequences"),
+    *("until", "until_limit", "until_samples", "prompts"),
+)
 """Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
 
 
@@ -117,6 +120,7 @@ def open_folder(
     others: list[Any],
     records: int,
     problem: Problem | None = None,
+    further: Mapping[str, Any] | None = None,
 ) -> RunFolder:
     """Open the folder of a run, which is identified by its settings, its methods', the weights, and its data.
 
@@ -127,6 +131,7 @@ def open_folder(
         others: other content that decides the value of every record.
         records: how many there will be at most with scores of their own.
         problem: tells what is wrong with a record that was read, if anything.
+        further: parts of the configuration beside the settings.
 
     Raises:
         ValueError: if weights are NaN or infinite, the folder is in use or belongs to another configuration, or its
@@ -141,6 +146,7 @@ def open_folder(
         "data_sha256": hashlib.sha256(repr(others).encode()).hexdigest(),
         "sequences": identities(sequences),
         "methods": {name_of(localizer): settings_of(localizer) for localizer in settings.localizers()},
+        **(further or {}),
     }
     folder = RunFolder(settings.out, config, free=PLACES, problem=problem)
     needed = records * (4 * prod(component_of(settings.component).shape(model)) + 2000)

@@ -13,7 +13,7 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """Return the mean with its 95% BCa bootstrap interval (Efron, 1987).
 
     Args:
-        values: one a sequence, at least one. If all are equal, the interval is that value.
+        values: one a sequence, at least one. If all are equal up to rounding, the interval is the mean.
         seed: of the 9,999 resamples.
 
     Returns:
@@ -25,7 +25,7 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
     """
     data = np.asarray(values, dtype=float)
     mean = float(data.mean())
-    if np.ptp(data) == 0:
+    if np.ptp(data) <= 1e-12 * np.abs(data).max():  # equal, up to rounding: no resample differs
         return {"mean": mean, "low": mean, "high": mean, "n": len(data)}
     interval = bootstrap((data,), np.mean, method="BCa", rng=np.random.default_rng(seed)).confidence_interval
     low, high = float(interval.low), float(interval.high)

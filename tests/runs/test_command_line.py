@@ -246,7 +246,7 @@ def test_bad_settings_end_before_a_model_is_loaded(command, monkeypatch, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["del", "inj", "agreement", "specificity"])
+@pytest.mark.parametrize("name", ["del", "inj", "agreement", "specificity", "frontier"])
 def test_every_command_is_a_module(monkeypatch, capsys, name):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     monkeypatch.delitem(sys.modules, f"memloc_lens.benchmarks.{name}", raising=False)

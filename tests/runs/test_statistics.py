@@ -43,3 +43,10 @@ def test_summary_leaves_out_what_nobody_has():
     assert list(summary["a"]) == ["0.05", "0.1"]
     assert summary["a"]["0.1"]["x"]["mean"] == 2.0
     assert list(summary["a"]["0.1"]) == ["x"]
+
+
+def test_values_that_differ_by_rounding_are_equal():
+    values = [0.1 + 0.2, 0.3, 0.3, 0.4 - 0.1]
+    assert len(set(values)) > 1
+    interval = mean_interval(values)
+    assert interval["low"] == interval["high"] == interval["mean"] == pytest.approx(0.3)
