@@ -6,6 +6,7 @@ with such a class, and its line in `METHODS`: names, command lines and ``--help`
 
 from memloc_lens.localizers.activations import Activations
 from memloc_lens.localizers.baselines import Random, WeightNorm
+from memloc_lens.localizers.drop_masks import BalancedSubnet, DropMask
 from memloc_lens.localizers.integrated_gradients import IntegratedGradients
 from memloc_lens.localizers.learned_masks import HardConcrete, Slimming
 from memloc_lens.localizers.scoring import Localizer
@@ -24,3 +25,6 @@ METHODS: tuple[type[Localizer], ...] = (
 
 LOCALIZERS: dict[str, type[Localizer]] = {localizer.name: localizer for localizer in METHODS}
 """The localizers by their names on the command line."""
+
+FURTHER: dict[str, type[Localizer]] = {localizer.name: localizer for localizer in (DropMask, BalancedSubnet)}
+"""Localizers that run where they are named, and not by default: they need a context, and minutes."""

@@ -18,7 +18,7 @@ before the first masked layer changes between steps: it runs once, in a clean pa
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import WEIGHTS, ComponentName, component_of
+from memloc_lens.components import WEIGHTS, Component, ComponentName, component_of
 from memloc_lens.forward import target_loss
 from memloc_lens.localizers.masking import check_gradients_pass, masked_residual
 from memloc_lens.localizers.scoring import score
@@ -34,6 +34,23 @@ from memloc_lens.sequence import Batch, MemorizedSequence
 
 STRETCH = 0.1  # of the concrete distribution beyond 0 and 1 (Louizos et al., 2018)
 STOP_EVERY = 10  # steps between two checks of the stop
+
+
+@runtime_checkable
+class MaskSettings(Protocol):
+    """What the settings of every trained mask have."""
+
+    name: ClassVar[str]
+
+    @property
+    def first_layer(self) -> int:
+        """Layers before it are not masked."""
+        ...
+
+    @property
+    def component(self) -> ComponentName:
+        """Kind of component to mask."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,17 +86,17 @@ class Slimming:
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in [0, 1]: [layer, *unit], or [sequence, layer, *unit] for a list."""
-        return _score(self, model, sequences, self._score_batch)
+        return score_masks(self, model, sequences, self._score_batch)
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
-        shape = _mask_shape(self, model, len(batch))
+        shape = mask_shape(self, model, len(batch))
         values = torch.ones(shape, device=batch.tokens.device, dtype=torch.float32, requires_grad=True)
 
         def mask_and_regularizer() -> tuple[Tensor, Tensor]:
             return values.clamp(0, 1), values.abs().flatten(1).mean(dim=1)
 
         trained = _train(self, values, mask_and_regularizer, model, batch)
-        return _with_untrained_layers(trained.clamp(0, 1), self.first_layer)
+        return with_untrained_layers(trained.clamp(0, 1), self.first_layer)
 
 
 @dataclass(frozen=True)
@@ -124,12 +141,12 @@ class HardConcrete:
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in (0, 1): [layer, *unit], or [sequence, layer, *unit] for a list."""
-        return _score(self, model, sequences, self._score_batch)
+        return score_masks(self, model, sequences, self._score_batch)
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.logit(torch.tensor((self.init + STRETCH) / (1 + 2 * STRETCH), dtype=torch.float32))
-        shape, device = _mask_shape(self, model, len(batch)), batch.tokens.device
+        shape, device = mask_shape(self, model, len(batch)), batch.tokens.device
         log_alpha = start.repeat(*shape).to(device).requires_grad_(True)
         closed = self.temperature * torch.log(torch.tensor(STRETCH / (1 + STRETCH), dtype=torch.float32)).item()
 
@@ -141,7 +158,7 @@ class HardConcrete:
             return (gates * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1), open_probability.flatten(1).mean(dim=1)
 
         trained = _train(self, log_alpha, mask_and_regularizer, model, batch)
-        return _with_untrained_layers(trained.sigmoid(), self.first_layer)
+        return with_untrained_layers(trained.sigmoid(), self.first_layer)
 
 
 def _check_training(settings: Slimming | HardConcrete) -> None:
@@ -153,12 +170,17 @@ def _check_training(settings: Slimming | HardConcrete) -> None:
     component_of(settings.component)
 
 
-def _score(
-    settings: Slimming | HardConcrete,
+def score_masks(
+    settings: MaskSettings,
     model: HookedTransformer,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     score_batch: Callable[[HookedTransformer, Batch], Tensor],
 ) -> Float[Tensor, "..."]:
+    """Score sequences by masks that `score_batch` trains for the rows of a batch.
+
+    Raises:
+        ValueError: if a loss is not finite, naming the sequence; or as `score` does.
+    """
     model = check_model(model)
     component = component_of(settings.component)
     check_gradients_pass(model, component, settings.first_layer)
@@ -170,10 +192,9 @@ def _score(
             component,
             first_layer=settings.first_layer,
             graph_layers=model.cfg.n_layers - settings.first_layer,
-            # next to the activations, the few entries of masks over neurons and heads do not count
-            parameters=prod(component.shape(model)) if component is WEIGHTS else 0,
+            parameters=mask_parameters(model, component),
         )
-    except _LossNotFinite as error:
+    except LossNotFinite as error:
         listed = [sequences] if isinstance(sequences, MemorizedSequence) else sequences
         id = next(sequence.id for sequence in listed if torch.equal(sequence.tokens, error.tokens))
         raise ValueError(
@@ -182,8 +203,13 @@ def _score(
         ) from error
 
 
+def mask_parameters(model: HookedTransformer, component: Component) -> int:
+    """Return how many entries of a mask count in a budget: those over neurons and heads are few."""
+    return prod(component.shape(model)) if component is WEIGHTS else 0
+
+
 @dataclass
-class _LossNotFinite(Exception):
+class LossNotFinite(Exception):
     """The loss of the sequence with these tokens, at a step."""
 
     tokens: Tensor
@@ -220,17 +246,19 @@ def _train(
         result = torch.where(still, parameters.detach(), result)
     if (diverged >= 0).any():
         row = int((diverged >= 0).nonzero()[0])
-        raise _LossNotFinite(batch.tokens[row].cpu(), int(diverged[row]))
+        raise LossNotFinite(batch.tokens[row].cpu(), int(diverged[row]))
     return result
 
 
-def _mask_shape(settings: Slimming | HardConcrete, model: HookedTransformer, rows: int) -> tuple[int, ...]:
+def mask_shape(settings: MaskSettings, model: HookedTransformer, rows: int) -> tuple[int, ...]:
+    """Return the shape of a batch's masks: those of the masked layers alone."""
     layers, *unit = component_of(settings.component).shape(model)
     return rows, layers - settings.first_layer, *unit
 
 
-def _with_untrained_layers(
+def with_untrained_layers(
     scores: Float[Tensor, "row trained *unit"], first_layer: int
 ) -> Float[Tensor, "row layer *unit"]:
+    """Return scores of every layer: 0 in those that were not masked."""
     untrained = scores.new_zeros(len(scores), first_layer, *scores.shape[2:])
     return torch.cat([untrained, scores], dim=1)
