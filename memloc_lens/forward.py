@@ -1,6 +1,6 @@
 """The forward pass in parts, so that no more of it is computed than is read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 from transformer_lens import HookedTransformer
 from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
@@ -22,6 +22,13 @@ from memloc_lens.sequence import Batch
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**20, 2**28
 """Logits that are held at a time: on a CPU they should stay in its caches."""
+
+
+OfLogits = Callable[
+    [Float[Tensor, "target d_vocab"], Int[Tensor, " target"]],
+    tuple[Float[Tensor, " target"], Callable[[], Float[Tensor, "target d_vocab"]]],
+]
+"""A value of each true token, and a function that makes its derivative by the logits of what it has kept."""
 
 
 class PrefixCache:
@@ -208,16 +215,7 @@ def target_losses(
         residual: the final residual stream, as `final_residual` returns it.
         batch: the rows that it belongs to.
     """
-    suffix = batch.suffix.to(residual.device)
-    if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad or hooked(model, *END):
-        logits = at_least_float32(target_logits(model, residual, batch))
-        return cross_entropy(logits.transpose(1, 2), suffix, reduction="none")
-    normalized = _normalized(model, residual)
-    wants_gradient = torch.is_grad_enabled() and normalized.requires_grad
-    losses = _UnembeddedLoss.apply(
-        normalized.flatten(0, 1), model.unembed.W_U, model.unembed.b_U, suffix.flatten(), wants_gradient
-    )
-    return losses.view(suffix.shape)
+    return _of_targets(model, residual, batch, _loss)
 
 
 def target_loss(
@@ -227,8 +225,39 @@ def target_loss(
     return target_losses(model, residual, batch).mean(dim=1)
 
 
-class _UnembeddedLoss(torch.autograd.Function):
-    """-log p of the true token from the normalized stream; keeps the gradient with respect to it, not the logits."""
+def _of_targets(
+    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch, of_logits: OfLogits
+) -> Float[Tensor, "row suffix"]:
+    suffix = batch.suffix.to(residual.device)
+    if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad or hooked(model, *END):
+        logits = at_least_float32(target_logits(model, residual, batch))
+        return of_logits(logits.flatten(0, 1), suffix.flatten())[0].view(suffix.shape)
+    normalized = _normalized(model, residual)
+    wants_gradient = torch.is_grad_enabled() and normalized.requires_grad
+    values = _OfLogits.apply(
+        normalized.flatten(0, 1), model.unembed.W_U, model.unembed.b_U, suffix.flatten(), of_logits, wants_gradient
+    )
+    return values.view(suffix.shape)
+
+
+def target_log_odds(
+    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
+) -> Float[Tensor, "row suffix"]:
+    """Return log p - log(1 - p) of every token of the suffix: its logit less the log-sum-exp of all others.
+
+    They tell p = 1 - 1e-12 from 1, which a probability in float32 does not. Precision and memory are those of
+    `target_losses`.
+
+    Args:
+        model: whose unembedding is used.
+        residual: the final residual stream, as `final_residual` returns it.
+        batch: the rows that it belongs to.
+    """
+    return _of_targets(model, residual, batch, _log_odds)
+
+
+class _OfLogits(torch.autograd.Function):
+    """A value of every token from the normalized stream; keeps the gradient with respect to it, not the logits."""
 
     @staticmethod
     def forward(
@@ -237,26 +266,51 @@ class _UnembeddedLoss(torch.autograd.Function):
         weight: Float[Tensor, "d_model d_vocab"],
         bias: Float[Tensor, " d_vocab"],
         true: Int[Tensor, " target"],
+        of_logits: OfLogits,
         wants_gradient: bool,
     ) -> Float[Tensor, " target"]:
-        losses, gradients = [], []
+        values, gradients = [], []
         logits_at_once = CPU_LOGITS_AT_ONCE if true.device.type == "cpu" else GPU_LOGITS_AT_ONCE
         at_once = max(16, logits_at_once // weight.shape[1] // 64 * 64)
         for part, wanted in zip(normalized.split(at_once), true.split(at_once), strict=True):
-            log_probs = at_least_float32(linear(part, weight.T, bias)).log_softmax(dim=-1)
-            losses.append(-log_probs.gather(1, wanted[:, None])[:, 0])
+            value, gradient = of_logits(at_least_float32(linear(part, weight.T, bias)), wanted)
+            values.append(value)
             if wants_gradient:
-                change = log_probs.exp_()  # softmax minus one-hot: the derivative with respect to the logits
-                change[torch.arange(len(wanted), device=wanted.device), wanted] -= 1
-                gradients.append(change.to(weight.dtype) @ weight.T)
+                gradients.append(gradient().to(weight.dtype) @ weight.T)
         if wants_gradient:
             ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
+        return torch.cat(values)
 
     @staticmethod
-    def backward(ctx: Any, *by_losses: Any) -> Any:
+    def backward(ctx: Any, *by_values: Any) -> Any:
         (gradient,) = ctx.saved_tensors
-        return (gradient * by_losses[0][:, None]).to(gradient.dtype), None, None, None, None
+        return (gradient * by_values[0][:, None]).to(gradient.dtype), None, None, None, None, None
+
+
+def _loss(
+    logits: Float[Tensor, "target d_vocab"], true: Int[Tensor, " target"]
+) -> tuple[Float[Tensor, " target"], Callable[[], Float[Tensor, "target d_vocab"]]]:
+    log_probs = logits.log_softmax(dim=-1)
+
+    def gradient() -> Float[Tensor, "target d_vocab"]:  # softmax minus one-hot
+        change = log_probs.exp_()
+        change[torch.arange(len(true), device=true.device), true] -= 1
+        return change
+
+    return -log_probs.gather(1, true[:, None])[:, 0], gradient
+
+
+def _log_odds(
+    logits: Float[Tensor, "target d_vocab"], true: Int[Tensor, " target"]
+) -> tuple[Float[Tensor, " target"], Callable[[], Float[Tensor, "target d_vocab"]]]:
+    own = logits.gather(1, true[:, None])[:, 0]
+    others = logits.scatter(1, true[:, None], -torch.inf)
+    total = others.logsumexp(dim=-1)
+
+    def gradient() -> Float[Tensor, "target d_vocab"]:  # one-hot minus the softmax of the others
+        return others.sub_(total[:, None]).exp_().neg_().scatter_(1, true[:, None], 1.0)
+
+    return own - total, gradient
 
 
 def norm_after_mlp(model: HookedTransformer) -> bool:

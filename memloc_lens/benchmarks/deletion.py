@@ -25,6 +25,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import Ablation, ablate, mean_activations
+from memloc_lens.benchmarks.context import HELD_OUT, with_context
 from memloc_lens.benchmarks.measurement import METRICS, Match, Material, State, matches, measure, text_interval
 from memloc_lens.checks import check_choice, check_first_layer, check_number
 from memloc_lens.components import ComponentName, ComponentSet, Scope, component_of, count_of, top_components
@@ -153,8 +154,16 @@ def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
         material = load_material(settings)
         settings = replace(settings, ratios=settings.ratios or _default_ratios(settings))
         check_ratios(settings, material.model)
+        settings = _with_context(settings, material)
         with _open_folder(settings, material) as folder:
             return _run_in(folder, settings, material, figures, engine)
+
+
+def _with_context(settings: DeletionSettings, material: Material) -> DeletionSettings:
+    """Give the methods what they may read besides the targets: never what is measured."""
+    dev = load_sequences(material.model, settings.data, "dev", settings.prompt_len, settings.bos)
+    measured = [*material.targets, *material.others, *material.controls]
+    return with_context(settings, material.model, [*dev, *reversed(material.memorized)], measured, material.text)
 
 
 def _open_folder(settings: DeletionSettings, material: Material) -> RunFolder:
@@ -236,7 +245,7 @@ def load_material(settings: DeletionSettings) -> Material:
     _check_ids(memorized + controls, settings.data)
     text = means = None
     if model.tokenizer is not None:
-        texts = load_texts(settings.text or EMBEDDED / "held_out.jsonl")
+        texts = load_texts(settings.text or HELD_OUT)
         text = text_rows(model, texts, settings.text_tokens, bos=settings.bos)
     if settings.ablation == "mean" and text is not None:
         rows = [MemorizedSequence(row, 1) for row in text]

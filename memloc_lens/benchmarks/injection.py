@@ -29,10 +29,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
+from memloc_lens.benchmarks.context import with_context
 from memloc_lens.benchmarks.tuning import GRIDS, tune
 from memloc_lens.checks import check_number
 from memloc_lens.components import ComponentSet, component_of, count_of, top_components
-from memloc_lens.data import load_definitions
+from memloc_lens.data import load_definitions, load_sequences
 from memloc_lens.injection import Injection, inject
 from memloc_lens.localizers import HardConcrete, Slimming, WeightNorm
 from memloc_lens.metrics import auroc, average_precision, recall, recall_ceiling
@@ -168,6 +169,8 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
         default = EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS
         settings = replace(settings, ratios=settings.ratios or default)
         check_ratios(settings, model)
+        memorized = load_sequences(model, bos=settings.bos) if settings.model == EMBEDDED.name else []
+        settings = with_context(settings, model, memorized[::-1], texts)
         with settings.memory_budget(model), fast_products(model.cfg.device):
             if settings.tune:
                 tuning = replace(settings, out=settings.out / "tuning")

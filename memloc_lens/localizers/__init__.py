@@ -7,9 +7,11 @@ with such a class, and its line in `METHODS`: names, command lines and ``--help`
 from memloc_lens.localizers.activations import Activations
 from memloc_lens.localizers.baselines import Random, WeightNorm
 from memloc_lens.localizers.drop_masks import BalancedSubnet, DropMask
+from memloc_lens.localizers.gradients import Gradient, IterativeGradient
 from memloc_lens.localizers.integrated_gradients import IntegratedGradients
 from memloc_lens.localizers.learned_masks import HardConcrete, Slimming
 from memloc_lens.localizers.scoring import Localizer
+from memloc_lens.localizers.wrappers import Contrast, Protect
 from memloc_lens.localizers.zero_out import ZeroOut
 
 METHODS: tuple[type[Localizer], ...] = (
@@ -18,6 +20,8 @@ METHODS: tuple[type[Localizer], ...] = (
     ZeroOut,
     IntegratedGradients,
     Activations,
+    Gradient,
+    IterativeGradient,
     WeightNorm,
     Random,
 )
@@ -27,4 +31,7 @@ LOCALIZERS: dict[str, type[Localizer]] = {localizer.name: localizer for localize
 """The localizers by their names on the command line."""
 
 FURTHER: dict[str, type[Localizer]] = {localizer.name: localizer for localizer in (DropMask, BalancedSubnet)}
-"""Localizers that run where they are named, and not by default: they need a context, and minutes."""
+"""Localizers that run where they are named, and not by default: they train for minutes."""
+
+WRAPPERS: dict[str, type[Protect] | type[Contrast]] = {"protect": Protect, "contrast": Contrast}
+"""Wrappers by what they put before the name of a localizer, as in protect-slimming."""

@@ -24,23 +24,24 @@ from torch import Tensor
 from torch.nn.functional import softplus
 from transformer_lens import HookedTransformer
 
-from memloc_lens.checks import check_choice, check_model, check_number, described
+from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import ComponentName, component_of, count_of
-from memloc_lens.forward import at_least_float32, target_logits, target_loss
+from memloc_lens.forward import target_log_odds, target_loss
+from memloc_lens.localizers.context import Context, check_context, check_disjoint
+from memloc_lens.localizers.gradients import IterativeGradient
 from memloc_lens.localizers.learned_masks import (
     LossNotFinite,
     mask_parameters,
-    mask_shape,
     score_masks,
-    with_untrained_layers,
 )
-from memloc_lens.localizers.masking import masked_residual
+from memloc_lens.localizers.masking import mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 Start = Literal["scratch", "iterative-gradient"]
 
 NOISE = 0.01  # deviation of the parameters at the start from scratch: it only decides the first drop set
+SPREAD = 2.0  # between the first and the last of a ranking at the start, with the edge of the drop set at 0
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class DropMask:
     ratio: float = 0.1
     retained: int = 4
     start: Start = "scratch"
-    context: tuple[MemorizedSequence, ...] = ()
+    context: Context = ()
     first_layer: int = 0
     component: ComponentName = "neuron"
     seed: int = 0
@@ -97,19 +98,27 @@ class DropMask:
                 return 1 - _highest(parameter.detach(), count) + (surrogate.detach() - surrogate)
 
             def objective(residual: Float[Tensor, "row target d_model"]) -> Float[Tensor, " row"]:
-                return softplus(log_odds(model, residual, batch)).mean(dim=1)
+                return softplus(target_log_odds(model, residual, batch)).mean(dim=1)
 
             def price(losses: Float[Tensor, " row"], clean: float) -> Float[Tensor, " row"]:
                 return self.penalty * (losses - clean).relu()
 
             optimizer = torch.optim.Adam([parameter], lr=self.lr)
             _train(self, model, batch, optimizer, kept, objective, context, price)
-            return with_untrained_layers(parameter.detach(), self.first_layer)
+            return with_unmasked_layers(parameter.detach(), self.first_layer)
 
         return score_masks(self, model, sequences, score_batch)
 
     def _start(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
-        shape = mask_shape(self, model, len(batch))
+        shape = mask_shape(model, component_of(self.component), self.first_layer, len(batch))
+        if self.start == "iterative-gradient":
+            iterative = IterativeGradient(
+                max_ratio=self.ratio, first_layer=self.first_layer, component=self.component, context=self.context
+            )
+            scores = iterative(model, [MemorizedSequence(tokens, batch.prompt_len) for tokens in batch.tokens])
+            flat = scores[:, self.first_layer :].flatten(2)
+            ranks = flat.argsort(dim=-1, stable=True).argsort(dim=-1) / max(flat.shape[-1] - 1, 1)  # from 0 to 1
+            return (SPREAD * (ranks - (1 - self.ratio))).view(shape)
         generator = torch.Generator().manual_seed(self.seed)
         noise = NOISE * torch.randn(shape[1:], generator=generator, dtype=torch.float32)
         return noise.repeat(len(batch), *[1] * noise.ndim).to(batch.tokens.device)
@@ -151,7 +160,7 @@ class BalancedSubnet:
     weight_decay: float = 5e-4
     ratio: float = 0.1
     retained: int = 4
-    context: tuple[MemorizedSequence, ...] = ()
+    context: Context = ()
     first_layer: int = 0
     component: ComponentName = "neuron"
     seed: int = 0
@@ -188,30 +197,17 @@ class BalancedSubnet:
 
             optimizer = torch.optim.SGD([scores], self.lr, self.momentum, weight_decay=self.weight_decay)
             _train(self, model, batch, optimizer, kept, objective, context, lambda losses, clean: losses)
-            return with_untrained_layers(-scores.detach().abs(), self.first_layer)
+            return with_unmasked_layers(-scores.detach().abs(), self.first_layer)
 
         return score_masks(self, model, sequences, score_batch)
 
     def _start(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
-        layers, *unit = mask_shape(self, model, len(batch))[1:]
+        _, layers, *unit = mask_shape(model, component_of(self.component), self.first_layer, len(batch))
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.empty(layers, math.prod(unit[:-1]), unit[-1], dtype=torch.float32, device="cpu")
         for layer in scores:
             torch.nn.init.kaiming_uniform_(layer, a=math.sqrt(5), generator=generator)
         return scores.view(layers, *unit).repeat(len(batch), *[1] * (1 + len(unit))).to(batch.tokens.device)
-
-
-def log_odds(
-    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
-) -> Float[Tensor, "row suffix"]:
-    """Return log p - log(1 - p) of each token of the suffix: its logit less the log-sum-exp of all others.
-
-    Exact where p rounds to 1.
-    """
-    logits = at_least_float32(target_logits(model, residual, batch))
-    true = batch.suffix.to(logits.device).unsqueeze(-1)
-    others = logits.scatter(-1, true, -torch.inf).logsumexp(dim=-1)
-    return logits.gather(-1, true).squeeze(-1) - others
 
 
 def _check_settings(settings: DropMask | BalancedSubnet) -> None:
@@ -222,8 +218,7 @@ def _check_settings(settings: DropMask | BalancedSubnet) -> None:
     check_number("first_layer", settings.first_layer, least=0, whole=True)
     check_number("seed", settings.seed, whole=True)
     component_of(settings.component)
-    if not isinstance(settings.context, list | tuple):
-        raise ValueError(f"context is {described(settings.context)}; give a list of MemorizedSequences")
+    check_context(settings.context)
 
 
 def _count(settings: DropMask | BalancedSubnet, model: HookedTransformer) -> int:
@@ -245,10 +240,10 @@ class _Context:
     Args:
         settings: of the localizer.
         model: that the sequences must fit.
-        targets: that must not be among them.
+        targets: that share no text with it.
 
     Raises:
-        ValueError: if the model cannot read a sequence, or it is a target.
+        ValueError: if the model cannot read a sequence, or it shares text with a target.
     """
 
     def __init__(
@@ -258,13 +253,7 @@ class _Context:
         targets: MemorizedSequence | Sequence[MemorizedSequence],
     ) -> None:
         self._sequences = check_sequences(model, list(settings.context))
-        lost = {tuple(target.tokens.tolist()) for target in check_sequences(model, targets)}
-        for sequence in self._sequences:
-            if tuple(sequence.tokens.tolist()) in lost:
-                raise ValueError(
-                    f"sequence {sequence.id!r} is in the context and to be localized, so it would have to be kept and "
-                    "lost; remove it from the context"
-                )
+        check_disjoint(self._sequences, check_sequences(model, targets))
         self._settings = settings
         self._prepared: dict[int, tuple[Callable[[Tensor], Tensor], float]] = {}
 
@@ -329,10 +318,12 @@ def _train(
             for index in drawn:
                 for losses, clean in context.losses(model, index, leaf):
                     (price(losses, clean).sum() / len(drawn)).backward()
+            by_masks = leaf.grad
+            assert by_masks is not None
             optimizer.zero_grad()
-            masks.backward(leaf.grad)
+            masks.backward(by_masks)
         optimizer.step()
-        finite = own.detach().isfinite() & leaf.grad.flatten(1).isfinite().all(dim=1)
+        finite = own.detach().isfinite() & by_masks.flatten(1).isfinite().all(dim=1)
         diverged = torch.where((diverged < 0) & ~finite, step, diverged)
     if (diverged >= 0).any():
         row = int((diverged >= 0).nonzero()[0])

@@ -28,7 +28,7 @@ from transformer_lens import HookedTransformer
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import WEIGHTS, Component, ComponentName, component_of
 from memloc_lens.forward import target_loss
-from memloc_lens.localizers.masking import check_gradients_pass, masked_residual
+from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
 
@@ -89,14 +89,14 @@ class Slimming:
         return score_masks(self, model, sequences, self._score_batch)
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
-        shape = mask_shape(self, model, len(batch))
+        shape = _shape(self, model, batch)
         values = torch.ones(shape, device=batch.tokens.device, dtype=torch.float32, requires_grad=True)
 
         def mask_and_regularizer() -> tuple[Tensor, Tensor]:
             return values.clamp(0, 1), values.abs().flatten(1).mean(dim=1)
 
         trained = _train(self, values, mask_and_regularizer, model, batch)
-        return with_untrained_layers(trained.clamp(0, 1), self.first_layer)
+        return with_unmasked_layers(trained.clamp(0, 1), self.first_layer)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,10 @@ class HardConcrete:
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.logit(torch.tensor((self.init + STRETCH) / (1 + 2 * STRETCH), dtype=torch.float32))
-        shape, device = mask_shape(self, model, len(batch)), batch.tokens.device
+        shape, device = (
+            mask_shape(model, component_of(self.component), self.first_layer, len(batch)),
+            batch.tokens.device,
+        )
         log_alpha = start.repeat(*shape).to(device).requires_grad_(True)
         closed = self.temperature * torch.log(torch.tensor(STRETCH / (1 + STRETCH), dtype=torch.float32)).item()
 
@@ -158,7 +161,7 @@ class HardConcrete:
             return (gates * (1 + 2 * STRETCH) - STRETCH).clamp(0, 1), open_probability.flatten(1).mean(dim=1)
 
         trained = _train(self, log_alpha, mask_and_regularizer, model, batch)
-        return with_untrained_layers(trained.sigmoid(), self.first_layer)
+        return with_unmasked_layers(trained.sigmoid(), self.first_layer)
 
 
 def _check_training(settings: Slimming | HardConcrete) -> None:
@@ -204,7 +207,7 @@ def score_masks(
 
 
 def mask_parameters(model: HookedTransformer, component: Component) -> int:
-    """Return how many entries of a mask count in a budget: those over neurons and heads are few."""
+    """Return how many entries of a mask count in a budget: next to activations, the few of neurons and heads do not."""
     return prod(component.shape(model)) if component is WEIGHTS else 0
 
 
@@ -250,15 +253,5 @@ def _train(
     return result
 
 
-def mask_shape(settings: MaskSettings, model: HookedTransformer, rows: int) -> tuple[int, ...]:
-    """Return the shape of a batch's masks: those of the masked layers alone."""
-    layers, *unit = component_of(settings.component).shape(model)
-    return rows, layers - settings.first_layer, *unit
-
-
-def with_untrained_layers(
-    scores: Float[Tensor, "row trained *unit"], first_layer: int
-) -> Float[Tensor, "row layer *unit"]:
-    """Return scores of every layer: 0 in those that were not masked."""
-    untrained = scores.new_zeros(len(scores), first_layer, *scores.shape[2:])
-    return torch.cat([untrained, scores], dim=1)
+def _shape(settings: Slimming | HardConcrete, model: HookedTransformer, batch: Batch) -> tuple[int, ...]:
+    return mask_shape(model, component_of(settings.component), settings.first_layer, len(batch))

@@ -58,3 +58,17 @@ def masked_residual(
             return run_layers(model, entering, first_layer + 1, batch.prompt_len)
 
     return run_later
+
+
+def mask_shape(model: HookedTransformer, component: Component, first_layer: int, rows: int) -> tuple[int, ...]:
+    """Return the shape of a mask for each row, over the layers from `first_layer` on."""
+    layers, *unit = component.shape(model)
+    return rows, layers - first_layer, *unit
+
+
+def with_unmasked_layers(
+    scores: Float[Tensor, "row masked *unit"], first_layer: int
+) -> Float[Tensor, "row layer *unit"]:
+    """Return the scores of the masked layers with zeros for those before them."""
+    unmasked = scores.new_zeros(len(scores), first_layer, *scores.shape[2:])
+    return torch.cat([unmasked, scores], dim=1)

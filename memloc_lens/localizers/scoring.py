@@ -1,7 +1,8 @@
 """What all localizers share: the way from sequences to batches, and back to scores."""
 
+import re
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,7 @@ from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, equa
 ScoreBatch = Callable[[HookedTransformer, Batch], Float[Tensor, "row layer *unit"]]
 
 
+@runtime_checkable
 class Localizer(Protocol):
     """A method that scores how responsible every component is for the memorization of a sequence.
 
@@ -32,6 +34,21 @@ class Localizer(Protocol):
     ) -> Float[Tensor, "*sequence layer unit"]:
         """Return scores [layer, *unit] of one sequence, or [sequence, layer, *unit] of a list."""
         ...
+
+
+AnyLocalizer = Callable[..., Tensor]
+"""A `Localizer` of the package, or whatever else scores sequences: an object or a function, with or without a name."""
+
+
+def name_of(localizer: AnyLocalizer) -> str:
+    """Return the name of a method in records: its `name`, or its class or function name with hyphens.
+
+    Example:
+        >>> name_of(HardConcrete())
+        'hard-concrete'
+    """
+    own = getattr(localizer, "name", None) or getattr(localizer, "__name__", type(localizer).__name__)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", str(own)).replace("_", "-").lower()
 
 
 def score(

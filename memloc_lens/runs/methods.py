@@ -1,10 +1,11 @@
 """The methods of a run: by name, from a module of the user's own, or as configured localizers."""
 
+import hashlib
 import importlib
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +15,32 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.components import Component, ComponentName
-from memloc_lens.localizers import LOCALIZERS
+from memloc_lens.localizers import LOCALIZERS, WRAPPERS
+from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.runs.schema import BEFORE, INJECTION
 from memloc_lens.sequence import MemorizedSequence
-
-AnyLocalizer = Callable[..., Tensor]
-"""A `Localizer` of the package, or whatever else scores sequences: an object or a function, with or without a name."""
 
 Method = str | AnyLocalizer
 """A method by name, "package.module:Class", or a localizer with its settings."""
 
 
-def name_of(localizer: AnyLocalizer) -> str:
-    """Return the name of a method in records: its `name`, or its class or function name with hyphens.
-
-    Example:
-        >>> name_of(HardConcrete())
-        'hard-concrete'
-    """
-    own = getattr(localizer, "name", None) or getattr(localizer, "__name__", type(localizer).__name__)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", str(own)).replace("_", "-").lower()
-
-
 def settings_of(localizer: AnyLocalizer) -> dict[str, Any]:
     """Return what decides the scores of a method: the callable, and the fields of a dataclass."""
     kind = localizer if hasattr(localizer, "__qualname__") else type(localizer)
-    own: dict[str, Any] = asdict(localizer) if is_dataclass(localizer) and not isinstance(localizer, type) else {}
+    own: dict[str, Any] = {}
+    if is_dataclass(localizer) and not isinstance(localizer, type):
+        own = {entry.name: _identity(getattr(localizer, entry.name)) for entry in fields(localizer)}
     return {"callable": f"{kind.__module__}:{kind.__qualname__}", **own}
+
+
+def _identity(value: Any) -> Any:
+    """Return what stands for the value of a field in a configuration: of sequences their number and a hash."""
+    if isinstance(value, list | tuple) and value and all(isinstance(item, MemorizedSequence) for item in value):
+        content = [(item.tokens.tolist(), item.prompt_len) for item in value]
+        return {"sequences": len(value), "sha256": hashlib.sha256(repr(content).encode()).hexdigest()[:16]}
+    if isinstance(value, list | tuple):
+        return [_identity(item) for item in value]
+    return settings_of(value) if callable(value) else value
 
 
 def resolve(method: Method, presets: Mapping[str, AnyLocalizer] | None = None) -> AnyLocalizer:
@@ -63,9 +63,14 @@ def resolve(method: Method, presets: Mapping[str, AnyLocalizer] | None = None) -
         return _well_named(method, method)
     if method in LOCALIZERS:
         return (presets or {}).get(method) or LOCALIZERS[method]()
+    wrapper, _, inner = method.partition("-")
+    if wrapper in WRAPPERS and ":" not in method:
+        return WRAPPERS[wrapper](resolve(inner, presets))
     if ":" not in method:
         raise ValueError(
-            f"no method is called {method!r}; there are {', '.join(LOCALIZERS)}, and your own as package.module:Class"
+            f"no method is called {method!r}; there are {', '.join(LOCALIZERS)}, each also with "
+            f"{' or '.join(f'{wrapper}-' for wrapper in WRAPPERS)} before its name, and your own as "
+            "package.module:Class"
         )
     return _imported(method)
 
@@ -97,18 +102,37 @@ def _well_named(localizer: AnyLocalizer, method: Method) -> AnyLocalizer:
     return localizer
 
 
-def configured(localizer: AnyLocalizer, component: ComponentName, **settings: Any) -> AnyLocalizer:
-    """Return a localizer with a run's component, and with those of the settings that it has a field for.
+def configured(
+    localizer: AnyLocalizer,
+    component: ComponentName,
+    context: Sequence[MemorizedSequence] = (),
+    **settings: Any,
+) -> AnyLocalizer:
+    """Return a localizer with a run's component and context, and with those of the settings that it has a field for.
+
+    A wrapper's localizer is configured, too. A context of the localizer's own stays.
 
     Raises:
         ValueError: if it cannot score the component.
     """
-    has: set[str] = {entry.name for entry in fields(localizer)} if is_dataclass(localizer) else set()
-    if component != "neuron" and is_dataclass(localizer) and "component" not in has:
-        raise ValueError(f"{name_of(localizer)} scores neurons only, not {component}s")
+    if not is_dataclass(localizer) or isinstance(localizer, type):
+        return localizer
+    has = {entry.name for entry in fields(localizer)}
     wanted = {"component": component, **settings}
+    if "localizer" in has:
+        wanted["localizer"] = configured(localizer.localizer, component, context, **settings)
+    elif component != "neuron" and "component" not in has:
+        raise ValueError(f"{name_of(localizer)} scores neurons only, not {component}s")
+    if not getattr(localizer, "context", ()):
+        wanted["context"] = tuple(context)
     chosen = {name: value for name, value in wanted.items() if name in has}
-    return replace(localizer, **chosen) if chosen else localizer  # type: ignore[type-var]
+    return replace(localizer, **chosen) if chosen else localizer
+
+
+def context_of(localizer: AnyLocalizer) -> tuple[MemorizedSequence, ...]:
+    """Return what a localizer reads besides its targets; nothing if it has no context."""
+    inner = context_of(localizer.localizer) if hasattr(localizer, "localizer") else ()
+    return (*getattr(localizer, "context", ()), *inner)
 
 
 def default_methods(component: ComponentName, presets: Mapping[str, AnyLocalizer]) -> tuple[AnyLocalizer, ...]:

@@ -27,7 +27,7 @@ from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
-NOT_IDENTITY = ("out", "config", "memory", "methods", "limit")
+NOT_IDENTITY = ("out", "config", "memory", "methods", "limit", "context", "context_sequences")
 """Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
 
 
@@ -50,6 +50,11 @@ class RunSettings:
         seed: Seed of all draws.
         bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
             model's tokenizer is configured to do.
+        context: Text that some methods read besides their targets, to spare what all text needs: a text file, or JSON
+            lines with "text". Default: held-out text of the embedded model; for other models none.
+        context_sequences: Number of other memorized sequences that they read: those of the split "dev", then of the
+            others the last that are neither targets nor measured. Default: 96 with the embedded model's sequences,
+            or as many as there are; 0 with other data.
         methods: Localizers to compare, by name or with their settings. Default: all that can score the component.
     """
 
@@ -68,6 +73,8 @@ class RunSettings:
     memory: str | None = None
     seed: int = 0
     bos: bool | None = None
+    context: Path | None = None
+    context_sequences: int | None = None
     methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
@@ -76,6 +83,8 @@ class RunSettings:
         check_device(self.device)
         check_number("limit", self.limit, least=0, whole=True)
         check_number("seed", self.seed, whole=True)
+        if self.context_sequences is not None:
+            check_number("context_sequences", self.context_sequences, least=0, whole=True)
         for ratio in self.ratios:
             check_number("the ratio", ratio, above=0, most=1)
         if len(set(self.ratios)) < len(self.ratios):

@@ -9,11 +9,16 @@ import torch
 from tiny import VOCAB, tiny_model, tiny_sequence
 
 from conftest import assert_same_state, state_of
-from memloc_lens import COMPONENTS, BalancedSubnet, DropMask, MemorizedSequence, ablate, memory_budget, top_components
-from memloc_lens.forward import final_residual
-from memloc_lens.localizers.drop_masks import log_odds
+from memloc_lens import (
+    COMPONENTS,
+    BalancedSubnet,
+    DropMask,
+    IterativeGradient,
+    MemorizedSequence,
+    ablate,
+    top_components,
+)
 from memloc_lens.localizers.masking import masked_residual
-from memloc_lens.sequence import Batch
 
 CONTEXT = tuple(tiny_sequence(seed, length, prompt_len) for seed, length, prompt_len in (
     (10, 8, 4), (11, 6, 1), (12, 8, 4), (13, 12, 3), (14, 5, 2)))  # fmt: skip
@@ -212,20 +217,6 @@ def test_the_context_is_prepared_once(model, localizer):
     assert sorted(tokens) == sorted([(2, 8)] + [(1, len(sequence.tokens)) for sequence in CONTEXT])
 
 
-def test_log_odds_where_the_probability_rounds_to_one(model):
-    batch = Batch(SEQUENCES[0].tokens[None], SEQUENCES[0].prompt_len)
-    residual = final_residual(model, batch)
-    probabilities = naive.masked_logits(model, batch.tokens, {})[0, batch.targets].softmax(-1)
-    p = probabilities.gather(-1, batch.suffix[0, :, None])[:, 0]
-    assert torch.allclose(log_odds(model, residual, batch)[0], p.log() - (1 - p).log())
-
-    sure = tiny_model()
-    sure.unembed.b_U.data[batch.suffix[0, 0]] += 60
-    values = log_odds(sure, final_residual(sure, batch), batch)
-    assert values.isfinite().all()
-    assert 40 < values[0, 0] < 80
-
-
 def test_the_sequence_is_lost_and_the_context_is_kept(gpt2_that_recites):
     """What the masks are for: on a model trained to recite, the context's loss rises less with a penalty."""
     model, targets, others = gpt2_that_recites
@@ -257,10 +248,25 @@ def gpt2_that_recites():
     return model.eval(), sequences[:2], sequences[2:]
 
 
+@EACH_COMPONENT
+def test_start_from_iterative_gradients(model, component):
+    """Before it has learned, the mask drops what iterative gradients lock; then it learns."""
+    settings = replace(DROP, component=component, start="iterative-gradient", lr=1e-9)
+    iterative = IterativeGradient(max_ratio=0.5, component=component, context=CONTEXT)
+    of_list = settings(model, SEQUENCES)
+    for sequence, scores in zip(SEQUENCES, of_list, strict=True):
+        kind = COMPONENTS[component]
+        expected = top_components(iterative(model, sequence), 0.5, component=kind).members
+        assert torch.equal(top_components(scores, 0.5, component=kind).members, expected)
+        order = naive.top(iterative(model, sequence), 1, 0, "layer")
+        assert naive.top(scores, 1, 0, "layer") == order
+    assert (replace(settings, lr=0.1)(model, SEQUENCES) - of_list).abs().max() > 0.1
+
+
 def test_without_a_context(model):
     alone = replace(DROP, context=())(model, SEQUENCES[0])
     assert torch.equal(alone, replace(DROP, penalty=0)(model, SEQUENCES[0]))
-    with pytest.raises(ValueError, match="balanced-subnet has no context.*--context"):
+    with pytest.raises(ValueError, match=r"balanced-subnet has no context.*--context"):
         replace(BALANCED, context=())(model, SEQUENCES[0])
 
 
@@ -288,7 +294,7 @@ def test_wrong_settings(localizer, wrong, message):
         ({"ratio": 0.01}, "takes none of 6 neurons"),
         ({"context": (MemorizedSequence([1, VOCAB], 1, "odd"),)}, "'odd' has tokens from 1 to 31"),
         ({"first_layer": 2}, "first_layer is 2"),
-        ({"context": (*CONTEXT, SEQUENCES[1])}, "'tiny-3' is in the context"),
+        ({"context": (*CONTEXT, SEQUENCES[1])}, "'tiny-3' of the context and 'tiny-3'"),
     ],
 )
 def test_wrong_use(model, localizer, wrong, message):
