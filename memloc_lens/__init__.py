@@ -21,6 +21,7 @@ from memloc_lens.localizers import (
     BalancedSubnet,
     Contrast,
     DropMask,
+    Fusion,
     Gradient,
     HardConcrete,
     IntegratedGradients,
@@ -31,6 +32,7 @@ from memloc_lens.localizers import (
     Slimming,
     WeightNorm,
     ZeroOut,
+    fit_fusion,
 )
 from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
@@ -48,6 +50,7 @@ __all__ = [
     "ComponentSet",
     "Contrast",
     "DropMask",
+    "Fusion",
     "Gradient",
     "HardConcrete",
     "Injection",
@@ -62,6 +65,7 @@ __all__ = [
     "WeightNorm",
     "ZeroOut",
     "ablate",
+    "fit_fusion",
     "inject",
     "load_definitions",
     "load_model",
