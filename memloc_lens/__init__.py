@@ -21,7 +21,6 @@ from memloc_lens.localizers import (
     BalancedSubnet,
     Contrast,
     DropMask,
-    Fusion,
     Gradient,
     HardConcrete,
     IntegratedGradients,
@@ -32,8 +31,8 @@ from memloc_lens.localizers import (
     Slimming,
     WeightNorm,
     ZeroOut,
-    fit_fusion,
 )
+from memloc_lens.localizers.fusion import Fusion, fit_fusion
 from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
 from memloc_lens.sequence import MemorizedSequence

@@ -7,8 +7,6 @@ with such a class, and its line in `METHODS`: names, command lines and ``--help`
 from memloc_lens.localizers.activations import Activations
 from memloc_lens.localizers.baselines import Random, WeightNorm
 from memloc_lens.localizers.drop_masks import BalancedSubnet, DropMask
-from memloc_lens.localizers.fusion import Fusion as Fusion
-from memloc_lens.localizers.fusion import fit_fusion as fit_fusion
 from memloc_lens.localizers.gradients import Gradient, IterativeGradient
 from memloc_lens.localizers.integrated_gradients import IntegratedGradients
 from memloc_lens.localizers.learned_masks import HardConcrete, Slimming
