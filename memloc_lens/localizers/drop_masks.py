@@ -50,12 +50,12 @@ class DropMask:
 
     Args:
         steps: Number of Adam steps.
-        lr: Learning rate of Adam.
+        lr: Learning rate of Adam. From scratch take about 0.1.
         penalty: Weight of the mean rise of the context's suffix losses, in nats; a loss that falls counts as 0.
         ratio: Share of every layer that is dropped in training, rounded down. Its top share is the trained set; other
             shares follow the trained ranking, but were not trained for.
         retained: Number of sequences of the context that are drawn for a step, the same for all targets.
-        start: Start from noise ("scratch") or from the ranking of `IterativeGradient`.
+        start: Start from the ranking of `IterativeGradient` with the same context, or from noise ("scratch").
         context: Sequences that should survive: plain text, other memorized sequences. Disjoint from all that is
             measured. Without any, only the target counts.
         first_layer: Layers before it are not masked, and score 0.
@@ -69,11 +69,11 @@ class DropMask:
 
     name: ClassVar[str] = "drop-mask"
     steps: int = 40
-    lr: float = 0.1
+    lr: float = 0.01
     penalty: float = 1.0
     ratio: float = 0.1
     retained: int = 4
-    start: Start = "scratch"
+    start: Start = "iterative-gradient"
     context: Context = ()
     first_layer: int = 0
     component: ComponentName = "neuron"

@@ -23,7 +23,7 @@ from memloc_lens.localizers.masking import masked_residual
 CONTEXT = tuple(tiny_sequence(seed, length, prompt_len) for seed, length, prompt_len in (
     (10, 8, 4), (11, 6, 1), (12, 8, 4), (13, 12, 3), (14, 5, 2)))  # fmt: skip
 SEQUENCES = [tiny_sequence(2), tiny_sequence(3, length=7), tiny_sequence(4), tiny_sequence(5, prompt_len=2)]
-DROP = DropMask(steps=4, ratio=0.5, retained=2, penalty=0.7, context=CONTEXT)
+DROP = DropMask(steps=4, lr=0.1, start="scratch", ratio=0.5, retained=2, penalty=0.7, context=CONTEXT)
 BALANCED = BalancedSubnet(steps=4, ratio=0.5, retained=2, lr=0.5, context=CONTEXT)
 EACH = pytest.mark.parametrize("localizer", [DROP, BALANCED], ids=lambda localizer: localizer.name)
 EACH_COMPONENT = pytest.mark.parametrize("component", COMPONENTS)
@@ -222,7 +222,7 @@ def test_the_sequence_is_lost_and_the_context_is_kept(gpt2_that_recites):
     model, targets, others = gpt2_that_recites
     rises = {}
     for penalty in (0.0, 5.0):
-        localizer = DropMask(steps=30, ratio=0.15, penalty=penalty, context=tuple(others))
+        localizer = DropMask(steps=30, lr=0.1, start="scratch", ratio=0.15, penalty=penalty, context=tuple(others))
         lost, risen = [], []
         for target, scores in zip(targets, localizer(model, targets), strict=True):
             with ablate(model, top_components(scores, 0.15)), torch.no_grad():
