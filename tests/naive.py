@@ -136,6 +136,71 @@ def integrated_gradients(
     return scores
 
 
+def log_odds(model: HookedTransformer, sequence: MemorizedSequence, masks: Mapping[str, Sequence[Tensor]]) -> Tensor:
+    """log p - log(1 - p) of every target: its logit less the log-sum-exp of the logits of all other tokens."""
+    logits = masked_logits(model, sequence.tokens[None], masks)[0]
+    values = []
+    for t in range(sequence.prompt_len, len(sequence.tokens)):
+        others = torch.cat([logits[t - 1, : sequence.tokens[t]], logits[t - 1, sequence.tokens[t] + 1 :]])
+        values.append(logits[t - 1, sequence.tokens[t]] - others.logsumexp(0))
+    return torch.stack(values)
+
+
+def gradient(
+    model: HookedTransformer, sequence: MemorizedSequence, objective: str, component: str, mask: Tensor | None = None
+) -> Tensor:
+    """The derivative of the mean over targets of what is asked for, by a mask of ones or another."""
+    start = torch.ones(shape_of(model, component), dtype=torch.float64) if mask is None else mask
+    mask = start.clone().requires_grad_(True)
+    log_probs = masked_logits(model, sequence.tokens[None], {component: list(mask)})[0].log_softmax(-1)
+    of_targets = torch.stack([log_probs[t - 1, sequence.tokens[t]] for t in range(sequence.prompt_len, len(log_probs))])
+    values = {
+        "log_odds": torch.log(1 + torch.exp(log_odds(model, sequence, {component: list(mask)}) + 2)),
+        "probability": of_targets.exp(),
+        "loss": of_targets,
+    }[objective]
+    return torch.autograd.grad(values.mean(), mask)[0]
+
+
+def prior(model: HookedTransformer, context: Sequence[MemorizedSequence], weight: float, component: str) -> Tensor:
+    """weight * RMS^2 / mean RMS, with a gradient for every position of every sequence of the context."""
+    squares = []
+    for sequence in context:
+        mask = torch.ones(shape_of(model, component), dtype=torch.float64, requires_grad=True)
+        values = log_odds(model, sequence, {component: list(mask)})
+        of_sequence = [torch.autograd.grad(value, mask, retain_graph=True)[0] ** 2 for value in values]
+        squares.append(torch.stack(of_sequence).mean(dim=0))
+    rms = torch.stack(squares).mean(dim=0).sqrt()
+    return weight * rms**2 / rms.mean()
+
+
+def iterative_gradient(
+    model: HookedTransformer, sequence: MemorizedSequence, rounds: int, objective: str, max_ratio: float,
+    schedule: str, scope: str, first_layer: int = 0, component: str = "neuron",
+) -> list[list[tuple[int, ...]]]:  # fmt: skip
+    """What is locked after each round, in the order of locking."""
+    mask = torch.ones(shape_of(model, component), dtype=torch.float64)
+    layers = range(first_layer, len(mask))
+    pools = [list(layers)] if scope == "global" else [[layer] for layer in layers]
+    most = round(max_ratio * mask[0].numel() * len(pools[0]))
+    locked: list[tuple[int, ...]] = []
+    after, count = [], 0
+    for r in range(1, rounds + 1):
+        wanted = round(most * r / rounds) if schedule == "linear" else round(most ** (r / rounds))
+        before, count = count, min(most, max(count + 1, wanted))
+        scores = gradient(model, sequence, objective, component, mask)
+        chosen = []
+        for pool in pools:
+            units = [index for index in mask.nonzero().tolist() if index[0] in pool]
+            units.sort(key=lambda index: -scores[tuple(index)].item())
+            chosen += [tuple(index) for index in units[: count - before]]
+        for index in chosen:
+            mask[index] = 0
+        locked += chosen
+        after.append(list(locked))
+    return after
+
+
 def slimming(
     model: HookedTransformer, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, component: str
 ) -> Tensor:

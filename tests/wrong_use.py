@@ -21,10 +21,14 @@ from memloc_lens import (
     WEIGHTS,
     Activations,
     ComponentSet,
+    Contrast,
+    Gradient,
     HardConcrete,
     IntegratedGradients,
+    IterativeGradient,
     MemorizedSequence,
     Neurons,
+    Protect,
     Random,
     Slimming,
     WeightNorm,
@@ -97,6 +101,7 @@ QUICK: dict[str, Callable[[], Localizer]] = dict(LOCALIZERS) | {
     "hard-concrete": lambda: HardConcrete(steps=1),
     "integrated-gradients": lambda: IntegratedGradients(steps=1),
     "zero-out": lambda: ZeroOut(candidates=0.01),
+    "iterative-gradient": lambda: IterativeGradient(rounds=1),
 }
 
 
@@ -198,6 +203,15 @@ for text in ("", None, 5, ["Return"]):
     words = "^the text of sequence '' is .*; give a string$"
     CASES[f"text {text!r}"] = (words, lambda it, text=text: MemorizedSequence.from_text(it.model, text, 1))
 
+CASES["Protect without a context"] = (
+    "^protect-slimming has a context of 0 sequences and needs at least 1; ",
+    lambda it: Protect(Slimming())(it.model, it.sequence),
+)
+CASES["Contrast with a context of one"] = (
+    "^contrast-gradient has a context of 1 sequences and needs at least 2; ",
+    lambda it: Contrast(Gradient(), (it.sequence,))(it.model, it.sequence),
+)
+
 CASES["half of a character"] = (
     r"^the text of sequence 'x' has '\\ud83d', half of a character, at character 5; remove it$",
     lambda it: MemorizedSequence.from_text(it.model, "half \ud83d", 1, "x"),
@@ -206,6 +220,10 @@ CASES["half of a character"] = (
 # --- settings
 
 SETTINGS: dict[str, tuple[str, Callable[[], Any]]] = {
+    "Gradient(objective)": ("^objective is 'accuracy'; ", lambda: Gradient("accuracy")),
+    "Gradient(context)": ("^the context has the string 'text'; give a tuple", lambda: Gradient(context=("text",))),
+    "IterativeGradient(schedule)": ("^schedule is 'cubic'; ", lambda: IterativeGradient(schedule="cubic")),
+    "IterativeGradient(scope)": ("^scope is 'model'; ", lambda: IterativeGradient(scope="model")),
     "HardConcrete(steps=-1)": ("^steps is -1; it must be a whole number at least 1$", lambda: HardConcrete(steps=-1)),
     "HardConcrete(init=5)": ("^init is 5; it must be a number above 0 and at most 1$", lambda: HardConcrete(init=5)),
     "HardConcrete(temperature=0)": ("^temperature is 0; .* above 0$", lambda: HardConcrete(temperature=0)),

@@ -18,7 +18,7 @@ from memloc_lens.sequence import MemorizedSequence
 
 SEQUENCES = 96
 """Default number of memorized sequences of the embedded model in a context."""
-TEXT_TOKENS = 2048
+TEXT_TOKENS = 1024
 """Tokens of plain text in a context."""
 HELD_OUT = EMBEDDED / "held_out.jsonl"
 

@@ -169,8 +169,7 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
         default = EMBEDDED_RATIOS if settings.model == EMBEDDED.name else RATIOS
         settings = replace(settings, ratios=settings.ratios or default)
         check_ratios(settings, model)
-        memorized = load_sequences(model, bos=settings.bos) if settings.model == EMBEDDED.name else []
-        settings = with_context(settings, model, memorized[::-1], texts)
+        settings = _with_context(settings, material)
         with settings.memory_budget(model), fast_products(model.cfg.device):
             if settings.tune:
                 tuning = replace(settings, out=settings.out / "tuning")
@@ -184,6 +183,12 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
                 summary["published"] = figures
                 folder.write_summary(summary)
                 return summary
+
+
+def _with_context(settings: InjectionSettings, material: Material) -> InjectionSettings:
+    """Give the methods what they may read besides the injected texts."""
+    memorized = load_sequences(material.model, bos=settings.bos) if settings.model == EMBEDDED.name else []
+    return with_context(settings, material.model, memorized[::-1], material.texts)
 
 
 def load_material(settings: InjectionSettings) -> Material:

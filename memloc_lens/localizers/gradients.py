@@ -46,7 +46,7 @@ from memloc_lens.localizers.scoring import ScoreBatch, score
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 Objective = Literal["log_odds", "probability", "loss"]
-Schedule = Literal["linear", "geometric"]
+Schedule = Literal["geometric", "linear"]
 
 SHIFT = 2.0
 """A token whose log-odds are below minus this is lost."""
@@ -113,7 +113,7 @@ class IterativeGradient:
         rounds: Number of forward and backward passes.
         objective: What is differentiated: log_odds, probability or loss.
         max_ratio: Share of the components to lock; the rest is ranked by the last round.
-        schedule: Lock as many components in every round (linear), or a growing number (geometric).
+        schedule: Lock a growing number of components in every round (geometric), or as many (linear).
         scope: Lock the share of every layer, or of all layers together.
         prior: Weight of the spread of the gradient over the context; without a context there is none.
         first_layer: Layers before it are not masked, and score 0.
@@ -129,7 +129,7 @@ class IterativeGradient:
     rounds: int = 20
     objective: Objective = "log_odds"
     max_ratio: float = 0.2
-    schedule: Schedule = "linear"
+    schedule: Schedule = "geometric"
     scope: Scope = "layer"
     prior: float = 0.03
     first_layer: int = 0
@@ -209,7 +209,7 @@ class IterativeGradient:
         return with_unmasked_layers(scores.view_as(mask), self.first_layer)
 
 
-def round_counts(most: int, rounds: int, schedule: Schedule = "linear") -> list[int]:
+def round_counts(most: int, rounds: int, schedule: Schedule = "geometric") -> list[int]:
     """Return how many components are locked after each round: at least one more each time, until `most` are.
 
     Args:
@@ -219,8 +219,8 @@ def round_counts(most: int, rounds: int, schedule: Schedule = "linear") -> list[
 
     Example:
         >>> from memloc_lens.localizers.gradients import round_counts
-        >>> round_counts(64, 4), round_counts(64, 4, "geometric")
-        ([16, 32, 48, 64], [3, 8, 23, 64])
+        >>> round_counts(64, 4), round_counts(64, 4, "linear")
+        ([3, 8, 23, 64], [16, 32, 48, 64])
     """
     counts = [0]
     for round_ in range(1, rounds + 1):

@@ -8,8 +8,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Annotated
 
 import torch
+import tyro
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens import HookedTransformer
@@ -43,7 +45,7 @@ class Protect:
         torch.Size([6, 768])
     """
 
-    localizer: AnyLocalizer
+    localizer: Annotated[AnyLocalizer, tyro.conf.Suppress]
     context: Context = ()
     share: float = 0.05
 
@@ -86,7 +88,7 @@ class Contrast:
         torch.Size([6, 768])
     """
 
-    localizer: AnyLocalizer
+    localizer: Annotated[AnyLocalizer, tyro.conf.Suppress]
     context: Context = ()
 
     def __post_init__(self) -> None:

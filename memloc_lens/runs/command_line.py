@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from memloc_lens.localizers import LOCALIZERS
+from memloc_lens.localizers import LOCALIZERS, WRAPPERS
 from memloc_lens.runs.methods import AnyLocalizer, name_of, resolve
 from memloc_lens.runs.schema import Published
 from memloc_lens.runs.settings import RunSettings
@@ -27,7 +27,8 @@ BenchmarkSettings = TypeVar("BenchmarkSettings", bound=RunSettings)
 STOPPED = "\nstopped; what was recorded is kept: repeat the command to resume"
 
 METHODS_HELP = (
-    f"Methods to compare: {', '.join(LOCALIZERS)}, or your own as package.module:Class, whose fields become options. "
+    f"Methods to compare: {', '.join(LOCALIZERS)}; with {' or '.join(f'{wrapper}-' for wrapper in WRAPPERS)} before a "
+    "name, the method wrapped with the context; or your own as package.module:Class, whose fields become options. "
     "Default: all that can score the component."
 )
 
@@ -128,7 +129,7 @@ def parse(
     found = first.parse_known_args(arguments)[0]
     presets = settings_class.presets.get(found.component, {})
     known = {name: resolve(name, presets) for name in LOCALIZERS}
-    known |= {name: resolve(name) for name in found.methods or () if ":" in name}
+    known |= {name: resolve(name, presets) for name in found.methods or () if name not in known}
     configurable = {_identifier(localizer): localizer for localizer in known.values() if is_dataclass(localizer)}
     options = make_dataclass(
         "Options",
@@ -147,8 +148,16 @@ def parse(
     )
     parsed: Any = _cli(command, program, about, arguments)
     chosen = {name: getattr(parsed.options, _identifier(localizer), localizer) for name, localizer in known.items()}
+
+    def named(name: str) -> AnyLocalizer:
+        """Return a method as configured, and so the method that a wrapper is around."""
+        localizer = chosen.get(name) or resolve(name)
+        wraps = type(localizer) in WRAPPERS.values() and ":" not in name
+        inner = {"localizer": named(name.partition("-")[2])} if wraps else {}
+        return replace(localizer, **inner) if inner else localizer  # type: ignore[type-var]
+
     if parsed.methods:
-        methods = tuple(chosen.get(name) or resolve(name) for name in parsed.methods)
+        methods = tuple(named(name) for name in parsed.methods)
     else:
         able = RunSettings(component=parsed.settings.component).localizers()
         methods = tuple(chosen[name_of(localizer)] for localizer in able)

@@ -11,8 +11,10 @@ from memloc_lens import (
     LOCALIZERS,
     NEURONS,
     Activations,
+    Gradient,
     HardConcrete,
     IntegratedGradients,
+    IterativeGradient,
     MemorizedSequence,
     Random,
     Slimming,
@@ -28,6 +30,8 @@ FAST = [
     ZeroOut(),
     IntegratedGradients(steps=3),
     Activations(),
+    Gradient(),
+    IterativeGradient(rounds=3),
     WeightNorm(),
     Random(),
 ]
@@ -91,8 +95,8 @@ def test_the_model_is_left_as_found_after_an_exception(gpt2, localizer, sequence
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
-    for place in ("zero_out", "integrated_gradients", "learned_masks", "activations", "baselines"):
-        for name in ("target_loss", "target_losses", "output_norms", "einsum"):
+    for place in ("zero_out", "integrated_gradients", "learned_masks", "activations", "baselines", "gradients"):
+        for name in ("target_loss", "target_losses", "target_log_odds", "output_norms", "einsum"):
             monkeypatch.setattr(f"memloc_lens.localizers.{place}.{name}", fail, raising=False)
     monkeypatch.setattr(torch, "rand", fail)
     with pytest.raises(KeyboardInterrupt):

@@ -12,8 +12,11 @@ from memloc_lens import (
     NEURONS,
     WEIGHTS,
     Activations,
+    Contrast,
+    Gradient,
     HardConcrete,
     IntegratedGradients,
+    Protect,
     Random,
     Slimming,
     WeightNorm,
@@ -83,6 +86,8 @@ def test_names_stand_for_localizers(module):
     for name, kind in LOCALIZERS.items():
         assert resolve(name) == kind()
     assert resolve("slimming", presets) == presets["slimming"]
+    assert resolve("protect-slimming", presets) == Protect(presets["slimming"])
+    assert resolve("contrast-protect-zero-out") == Contrast(Protect(ZeroOut()))
     assert resolve(Slimming(steps=9), presets) == Slimming(steps=9)
     assert resolve(my_function) is my_function
     module("found", "def of_module(model, sequences): ...\nclass OfModule:\n    __call__ = of_module")
@@ -134,6 +139,21 @@ def test_what_cannot_be_used(module, content, method, message):
 def test_localizers_that_cannot_be_used(localizer, message):
     with pytest.raises(ValueError, match=message):
         resolve(localizer)
+
+
+def test_the_settings_of_wrappers_and_contexts_are_plain():
+    settings = settings_of(Protect(Gradient(), (random_sequence(1), random_sequence(2))))
+    assert settings["localizer"]["callable"] == "memloc_lens.localizers.gradients:Gradient"
+    assert settings["context"]["sequences"] == 2
+    assert settings["context"] != settings_of(Gradient(context=(random_sequence(2), random_sequence(1))))["context"]
+
+
+def test_a_run_configures_what_is_wrapped():
+    context, own = (random_sequence(1),), (random_sequence(2),)
+    found = configured(Protect(Gradient(context=own)), "head", context, first_layer=2)
+    assert found == Protect(Gradient(first_layer=2, component="head", context=own), context)
+    with pytest.raises(ValueError, match="integrated-gradients scores neurons only"):
+        configured(Contrast(IntegratedGradients()), "head")
 
 
 def test_a_run_configures_what_a_method_has_a_field_for():
