@@ -18,7 +18,9 @@ from memloc_lens.injection import Injection, inject
 from memloc_lens.localizers import (
     LOCALIZERS,
     Activations,
+    BalancedSubnet,
     Contrast,
+    DropMask,
     Gradient,
     HardConcrete,
     IntegratedGradients,
@@ -30,6 +32,7 @@ from memloc_lens.localizers import (
     WeightNorm,
     ZeroOut,
 )
+from memloc_lens.localizers.fusion import Fusion, fit_fusion
 from memloc_lens.memory import memory_budget
 from memloc_lens.models import load_model
 from memloc_lens.sequence import MemorizedSequence
@@ -42,9 +45,12 @@ __all__ = [
     "NEURONS",
     "WEIGHTS",
     "Activations",
+    "BalancedSubnet",
     "Component",
     "ComponentSet",
     "Contrast",
+    "DropMask",
+    "Fusion",
     "Gradient",
     "HardConcrete",
     "Injection",
@@ -60,6 +66,7 @@ __all__ = [
     "WeightNorm",
     "ZeroOut",
     "ablate",
+    "fit_fusion",
     "inject",
     "load_definitions",
     "load_model",

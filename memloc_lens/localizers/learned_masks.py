@@ -18,7 +18,7 @@ before the first masked layer changes between steps: it runs once, in a clean pa
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.components import WEIGHTS, ComponentName, component_of
+from memloc_lens.components import WEIGHTS, Component, ComponentName, component_of
 from memloc_lens.forward import target_loss
 from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import score
@@ -34,6 +34,23 @@ from memloc_lens.sequence import Batch, MemorizedSequence
 
 STRETCH = 0.1  # of the concrete distribution beyond 0 and 1 (Louizos et al., 2018)
 STOP_EVERY = 10  # steps between two checks of the stop
+
+
+@runtime_checkable
+class MaskSettings(Protocol):
+    """What the settings of every trained mask have."""
+
+    name: ClassVar[str]
+
+    @property
+    def first_layer(self) -> int:
+        """Layers before it are not masked."""
+        ...
+
+    @property
+    def component(self) -> ComponentName:
+        """Kind of component to mask."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Slimming:
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in [0, 1]: [layer, *unit], or [sequence, layer, *unit] for a list."""
-        return _score(self, model, sequences, self._score_batch)
+        return score_masks(self, model, sequences, self._score_batch)
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         shape = _shape(self, model, batch)
@@ -124,7 +141,7 @@ class HardConcrete:
         self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in (0, 1): [layer, *unit], or [sequence, layer, *unit] for a list."""
-        return _score(self, model, sequences, self._score_batch)
+        return score_masks(self, model, sequences, self._score_batch)
 
     def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -156,12 +173,17 @@ def _check_training(settings: Slimming | HardConcrete) -> None:
     component_of(settings.component)
 
 
-def _score(
-    settings: Slimming | HardConcrete,
+def score_masks(
+    settings: MaskSettings,
     model: HookedTransformer,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     score_batch: Callable[[HookedTransformer, Batch], Tensor],
 ) -> Float[Tensor, "..."]:
+    """Score sequences by masks that `score_batch` trains for the rows of a batch.
+
+    Raises:
+        ValueError: if a loss is not finite, naming the sequence; or as `score` does.
+    """
     model = check_model(model)
     component = component_of(settings.component)
     check_gradients_pass(model, component, settings.first_layer)
@@ -173,10 +195,9 @@ def _score(
             component,
             first_layer=settings.first_layer,
             graph_layers=model.cfg.n_layers - settings.first_layer,
-            # next to the activations, the few entries of masks over neurons and heads do not count
-            parameters=prod(component.shape(model)) if component is WEIGHTS else 0,
+            parameters=mask_parameters(model, component),
         )
-    except _LossNotFinite as error:
+    except LossNotFinite as error:
         listed = [sequences] if isinstance(sequences, MemorizedSequence) else sequences
         id = next(sequence.id for sequence in listed if torch.equal(sequence.tokens, error.tokens))
         raise ValueError(
@@ -185,8 +206,13 @@ def _score(
         ) from error
 
 
+def mask_parameters(model: HookedTransformer, component: Component) -> int:
+    """Return how many entries of a mask count in a budget: next to activations, the few of neurons and heads do not."""
+    return prod(component.shape(model)) if component is WEIGHTS else 0
+
+
 @dataclass
-class _LossNotFinite(Exception):
+class LossNotFinite(Exception):
     """The loss of the sequence with these tokens, at a step."""
 
     tokens: Tensor
@@ -223,7 +249,7 @@ def _train(
         result = torch.where(still, parameters.detach(), result)
     if (diverged >= 0).any():
         row = int((diverged >= 0).nonzero()[0])
-        raise _LossNotFinite(batch.tokens[row].cpu(), int(diverged[row]))
+        raise LossNotFinite(batch.tokens[row].cpu(), int(diverged[row]))
     return result
 
 

@@ -29,7 +29,7 @@ def masked_residual(
     """Return a function from masks to the final residual stream at the targets, which runs only what masks change.
 
     Up to the neurons of the first masked layer everything is as in the clean pass, which runs once; masking these
-    adds the change of their activations times `W_out` to the stream.
+    adds the change of their activations times `W_out` to the stream. A batch of one row takes any number of masks.
     """
     if component is not NEURONS or norm_after_mlp(model) or hooked_after_neurons(model, first_layer):
         with torch.no_grad():
@@ -39,7 +39,7 @@ def masked_residual(
 
         def run_all(values: Float[Tensor, "row layer *unit"]) -> Float[Tensor, "row target d_model"]:
             with component.masked(model, values, first_layer):
-                return run_layers(model, before, first_layer, batch.prompt_len)
+                return run_layers(model, before.expand(len(values), -1, -1), first_layer, batch.prompt_len)
 
         return run_all
 
