@@ -15,7 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from memloc_lens.localizers import LOCALIZERS, WRAPPERS
+from memloc_lens.localizers import FURTHER, LOCALIZERS, WRAPPERS
 from memloc_lens.runs.methods import AnyLocalizer, name_of, resolve
 from memloc_lens.runs.schema import Published
 from memloc_lens.runs.settings import RunSettings
@@ -27,9 +27,10 @@ BenchmarkSettings = TypeVar("BenchmarkSettings", bound=RunSettings)
 STOPPED = "\nstopped; what was recorded is kept: repeat the command to resume"
 
 METHODS_HELP = (
-    f"Methods to compare: {', '.join(LOCALIZERS)}; with {' or '.join(f'{wrapper}-' for wrapper in WRAPPERS)} before a "
-    "name, the method wrapped with the context; or your own as package.module:Class, whose fields become options. "
-    "Default: all that can score the component."
+    f"Methods to compare: {', '.join(LOCALIZERS | FURTHER)}; with {' or '.join(f'{wrapper}-' for wrapper in WRAPPERS)} "
+    "before a name, the method wrapped with the context; or your own as package.module:Class, whose fields become "
+    "options. "
+    f"Default: all that can score the component but {' and '.join(FURTHER)}."
 )
 
 
@@ -128,7 +129,7 @@ def parse(
     arguments = [*_options({name: str(on) if name in or_default else on for name, on in table.items()}), *arguments]
     found = first.parse_known_args(arguments)[0]
     presets = settings_class.presets.get(found.component, {})
-    known = {name: resolve(name, presets) for name in LOCALIZERS}
+    known = {name: resolve(name, presets) for name in LOCALIZERS | FURTHER}
     known |= {name: resolve(name, presets) for name in found.methods or () if name not in known}
     configurable = {_identifier(localizer): localizer for localizer in known.values() if is_dataclass(localizer)}
     options = make_dataclass(

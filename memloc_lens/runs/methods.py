@@ -15,7 +15,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.components import Component, ComponentName
-from memloc_lens.localizers import LOCALIZERS, WRAPPERS
+from memloc_lens.localizers import FURTHER, LOCALIZERS, WRAPPERS
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.runs.schema import BEFORE, INJECTION
 from memloc_lens.sequence import MemorizedSequence
@@ -61,14 +61,15 @@ def resolve(method: Method, presets: Mapping[str, AnyLocalizer] | None = None) -
         if isinstance(method, type) or not callable(method):
             raise ValueError(f"method {method!r} is not a localizer; give an instance as HardConcrete(), or a name")
         return _well_named(method, method)
-    if method in LOCALIZERS:
-        return (presets or {}).get(method) or LOCALIZERS[method]()
+    known = LOCALIZERS | FURTHER
+    if method in known:
+        return (presets or {}).get(method) or known[method]()
     wrapper, _, inner = method.partition("-")
     if wrapper in WRAPPERS and ":" not in method:
         return WRAPPERS[wrapper](resolve(inner, presets))
     if ":" not in method:
         raise ValueError(
-            f"no method is called {method!r}; there are {', '.join(LOCALIZERS)}, each also with "
+            f"no method is called {method!r}; there are {', '.join(known)}, each also with "
             f"{' or '.join(f'{wrapper}-' for wrapper in WRAPPERS)} before its name, and your own as "
             "package.module:Class"
         )
@@ -92,7 +93,7 @@ def _imported(method: str) -> AnyLocalizer:
 def _well_named(localizer: AnyLocalizer, method: Method) -> AnyLocalizer:
     """Refuse a name that would be mistaken for another in records, or cannot be an option or part of a file name."""
     name = name_of(localizer)
-    if type(localizer) is not LOCALIZERS.get(name, type(localizer)):
+    if type(localizer) is not (LOCALIZERS | FURTHER).get(name, type(localizer)):
         raise ValueError(f"method {method!r} is called {name!r}, as one of the package; rename it")
     if name in (BEFORE, INJECTION) or not re.fullmatch("[a-z][a-z0-9-]*", name):
         raise ValueError(
@@ -119,9 +120,12 @@ def configured(
         return localizer
     has = {entry.name for entry in fields(localizer)}
     wanted = {"component": component, **settings}
-    if "localizer" in has:
-        wanted["localizer"] = configured(localizer.localizer, component, context, **settings)
-    elif component != "neuron" and "component" not in has:
+    inner = {"localizer", "localizers"} & has
+    for name in inner:
+        parts = getattr(localizer, name)
+        each = [configured(part, component, context, **settings) for part in _as_tuple(parts)]
+        wanted[name] = tuple(each) if isinstance(parts, tuple) else each[0]
+    if not inner and component != "neuron" and "component" not in has:
         raise ValueError(f"{name_of(localizer)} scores neurons only, not {component}s")
     if not getattr(localizer, "context", ()):
         wanted["context"] = tuple(context)
@@ -131,8 +135,12 @@ def configured(
 
 def context_of(localizer: AnyLocalizer) -> tuple[MemorizedSequence, ...]:
     """Return what a localizer reads besides its targets; nothing if it has no context."""
-    inner = context_of(localizer.localizer) if hasattr(localizer, "localizer") else ()
-    return (*getattr(localizer, "context", ()), *inner)
+    parts = [*_as_tuple(getattr(localizer, "localizer", ())), *getattr(localizer, "localizers", ())]
+    return (*getattr(localizer, "context", ()), *(sequence for part in parts for sequence in context_of(part)))
+
+
+def _as_tuple(parts: Any) -> tuple[AnyLocalizer, ...]:
+    return parts if isinstance(parts, tuple) else (parts,)
 
 
 def default_methods(component: ComponentName, presets: Mapping[str, AnyLocalizer]) -> tuple[AnyLocalizer, ...]:

@@ -403,7 +403,7 @@ def test_help_explains_every_setting(capsys, kind, explained):
     assert "What it is about." in shown
     assert explained in shown
     assert "Training ends when the mean absolute mask falls under this value" in shown
-    assert f"Methods to compare: {', '.join(LOCALIZERS)}, or your own as package.module:Class" in shown
+    assert f"Methods to compare: {', '.join(LOCALIZERS | FURTHER)}; with protect- or contrast-" in shown
     for entry in fields(kind):
         assert "--" + entry.name.replace("_", "-") in shown
     for name, localizer in LOCALIZERS.items():
