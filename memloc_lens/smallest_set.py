@@ -234,4 +234,5 @@ def check_until(until: object, limit: float | None) -> None:
     elif until == "sampled":
         check_number("the limit of the probability", limit, above=0, most=1)
     else:
-        check_number("the limit in tokens", limit, least=1, whole=True)
+        is_whole = isinstance(limit, float) and limit.is_integer()  # as a command line reads it
+        check_number("the limit in tokens", int(limit) if is_whole else limit, least=1, whole=True)

@@ -31,7 +31,7 @@ def plain(small_del, tmp_path_factory) -> DeletionSettings:
 @pytest.fixture(scope="module")
 def adaptive(plain, tmp_path_factory) -> DeletionSettings:
     """The same run with smallest sets."""
-    settings = replace(plain, until="greedy", until_limit=5, out=tmp_path_factory.mktemp("adaptive") / "run")
+    settings = replace(plain, until="greedy", until_limit=5.0, out=tmp_path_factory.mktemp("adaptive") / "run")
     run(settings)
     return settings
 
