@@ -30,7 +30,7 @@ def test_the_default_context_of_the_embedded_model(settings, material):
     activations, *others = deletion._with_context(settings, material).localizers()
     assert activations == Activations()
     context = others[0].context
-    assert [len(context_of(method)) for method in others] == [104, 2 * 104, 3 * 104]
+    assert [len(context_of(method)) for method in others] == [104, 104, 3 * 104]
     assert [one.id for one in context[:5]] == [one.id for one in load_sequences(material.model, split="dev")]
     assert sum(len(one.tokens) for one in context if one.prompt_len == 1) == 1024
     measured = [one.tokens for one in (*material.targets, *material.others, *material.controls)] + [*material.text]

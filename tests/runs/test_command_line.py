@@ -16,6 +16,7 @@ from memloc_lens import LOCALIZERS, Activations, HardConcrete, Slimming
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
+from memloc_lens.localizers import FURTHER
 from memloc_lens.runs import settings as settings_module
 from memloc_lens.runs.command_line import parse, published, run_command
 from memloc_lens.runs.methods import name_of
@@ -408,4 +409,6 @@ def test_help_explains_every_setting(capsys, kind, explained):
         assert "--" + entry.name.replace("_", "-") in shown
     for name, localizer in LOCALIZERS.items():
         for entry in fields(localizer):
+            if entry.name == "context":  # filled by the run
+                continue
             assert f"--{name}.{entry.name.replace('_', '-')}" in shown
