@@ -9,6 +9,7 @@ COMMANDS = {
     "find": ("memloc_lens.data.find", "find sequences of a corpus that a model has memorized"),
     "agreement": ("memloc_lens.benchmarks.agreement", "compare how a DEL and an INJ run rank the methods"),
     "specificity": ("memloc_lens.benchmarks.specificity", "analyse whether located components are specific"),
+    "roles": ("memloc_lens.benchmarks.roles", "tell what located neurons do"),
     "frontier": ("memloc_lens.benchmarks.frontier", "compare methods of DEL runs at equal damage"),
 }
 """The module of each command, whose `main` runs it, and what it does."""

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
-from typing import TypedDict, get_args
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -31,19 +31,15 @@ from rich.console import Console
 from rich.table import Table
 from transformer_lens import HookedTransformer
 
-from memloc_lens.benchmarks.deletion import DeletionSettings, localized_at_once, located
-from memloc_lens.checks import check_choice, check_number
+from memloc_lens.benchmarks.finished_del import load_same_model, located_sets, targets_of
+from memloc_lens.checks import check_number
 from memloc_lens.components import NEURONS, ComponentSet, post
-from memloc_lens.data import load_sequences
-from memloc_lens.models import check_device, load_model
+from memloc_lens.models import check_device
 from memloc_lens.report.table import wide_console
 from memloc_lens.runs.command_line import parser, run_command
-from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.finished import FinishedRun, read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
 from memloc_lens.runs.schema import Record
-from memloc_lens.runs.scores import origin
-from memloc_lens.runs.settings import Precision, batches_of, identities
 from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import MemorizedSequence, decode
 
@@ -144,8 +140,8 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
         raise ValueError(f"{settings.run} has no method {settings.method!r}; it has {', '.join(run.methods)}")
     if any("acc_changes" not in record for record in run.records):
         raise ValueError(f"the records of {settings.run} do not tell sequences apart; run DEL again")
-    model = _load_same_model(settings, run)
-    targets = _targets(run, model, ratio)
+    model = load_same_model(run, settings.device)
+    targets = targets_of(run, model, ratio)
 
     def worker(job: Job) -> Iterator[Record]:
         for (method,) in job.keys:
@@ -163,43 +159,6 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
     }
 
 
-def _load_same_model(settings: SpecificitySettings, run: FinishedRun) -> HookedTransformer:
-    """Load the model of a run, and refuse one whose weights have changed."""
-    missing = [name for name in ("model", "component", "first_layer", "scope", "batch") if name not in run.config]
-    if missing or "data" not in run.config:
-        raise ValueError(f"{run.path / 'config.json'} has no {(missing or ['data'])[0]}; run DEL again in a new folder")
-    dtype = run.config.get("dtype", "float32")
-    check_choice("dtype", dtype, get_args(Precision))
-    model = load_model(run.config["model"], device=settings.device, dtype=getattr(torch, dtype))
-    weights = fingerprint(model)
-    if run.config.get("weights", weights) != weights:
-        raise ValueError(f"the weights of {run.config['model']} differ from those that {run.path} is a run of")
-    return model
-
-
-def _targets(run: FinishedRun, model: HookedTransformer, ratio: float) -> list[MemorizedSequence]:
-    """Return the sequences that the run was about, in the order of its scores."""
-    sequences = load_sequences(
-        model, run.config["data"], prompt_len=run.config.get("prompt_len"), bos=run.config.get("bos")
-    )
-    by_id = {sequence.id: sequence for sequence in sequences}
-    in_records = list(dict.fromkeys(record["sequence"] for record in run.records))
-    ids = [id for id, _ in run.config.get("sequences", []) if id in in_records] or in_records
-    missing = [id for id in ids if id not in by_id]
-    if missing:
-        raise ValueError(f"{run.config['data']} has no sequence {missing[0]!r}, which {run.path} is about")
-    targets = [by_id[id] for id in ids]
-    if "sequences" in run.config and identities(targets) != run.config["sequences"][: len(targets)]:
-        raise ValueError(f"the sequences of {run.config['data']} differ from those that {run.path} is about")
-    for method in run.methods:
-        if len(run.at(method, ratio)) < len(targets):
-            raise ValueError(
-                f"{run.path} has {len(run.at(method, ratio))} of {len(targets)} sequences of {method} at the ratio "
-                f"{ratio}; name the method in a run of DEL there to complete it"
-            )
-    return targets
-
-
 def _of_method(
     settings: SpecificitySettings,
     run: FinishedRun,
@@ -212,25 +171,13 @@ def _of_method(
     matrix = np.array(
         [[records[row.id]["acc_changes"].get(column.id, np.nan) for column in targets] for row in targets]
     )
-    sets = _located(run, method, ratio, len(targets))
+    sets = located_sets(run, method, ratio, len(targets))
     return {
         "matrix": matrix.tolist(),
         **_losses(matrix, targets),
         "overlap": _overlap(sets, targets),
         "shared": _shared(model, sets, targets, settings),
     }
-
-
-def _located(run: FinishedRun, method: str, ratio: float, targets: int) -> list[ComponentSet]:
-    """Return the components that a run dropped for each of its targets."""
-    names = ("component", "first_layer", "scope", "batch")
-    dropped = DeletionSettings(**{name: run.config[name] for name in names})
-    batches = batches_of(run.config.get("extents", [targets]), localized_at_once(dropped.component, dropped.batch))
-    found = []
-    for start, stop in (batch for batch in batches if batch[0] < targets):
-        of = origin(run.config, method, start, stop) if "weights" in run.config else None
-        found += [located(dropped, scores, ratio) for scores in run.scores(method, start, of=of)["scores"]]
-    return found[:targets]
 
 
 def _related(one: MemorizedSequence, other: MemorizedSequence) -> bool:
