@@ -13,10 +13,12 @@ import json
 import posixpath
 import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memloc_lens.benchmarks.frontier import frontier_table
 from memloc_lens.benchmarks.injection import metrics_at
 from memloc_lens.benchmarks.measurement import METRICS
 from memloc_lens.report.markdown import deletion_tables, injection_tables
@@ -27,6 +29,12 @@ MARKER = re.compile(r"^<!-- results: ([\w-]+)\.json -->$", re.MULTILINE)
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 CARD = "memloc_lens/models/embedded/CARD.md"
 HEADLINE = re.compile(r"(?<=<!-- made by docs/hooks\.py from docs/results -->\n).*?(?=<!-- end -->)", re.DOTALL)
+TABLES: dict[str, Callable[[Any], str]] = {
+    "del": partial(deletion_tables, columns=METRICS),
+    "inj": partial(injection_tables, columns_of=metrics_at),
+    "frontier": frontier_table,
+}
+"""The tables of each kind of result."""
 PROVENANCE = ("command", "commit", "machine", "date")
 
 
@@ -51,8 +59,7 @@ def tables(name: str, link: str = ".") -> str:
         link: relative path from the page to the folder of results.
     """
     summary = _summary(name)
-    is_del = summary["benchmark"] == "del"
-    made = deletion_tables(summary, METRICS) if is_del else injection_tables(summary, metrics_at)
+    made = TABLES[summary["benchmark"]](summary)
     source = provenance(name)
     line = (
         f"`{source['command']}`, commit {source['commit']}, {source['machine']}, {source['date']}. "

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import tyro
@@ -30,6 +30,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from rich.console import Console
 
+from memloc_lens.report.markdown import comparison_table
 from memloc_lens.report.table import print_comparison
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run
@@ -103,6 +104,7 @@ class MethodFrontier(TypedDict):
 class Frontier(TypedDict):
     """The frontier of every method, the best at 2 points of Neg-Acc first."""
 
+    benchmark: Literal["frontier"]
     runs: list[str]
     reference: str
     sequences: list[str]
@@ -141,6 +143,7 @@ def compare(settings: FrontierSettings) -> Frontier:
     order = sorted(values, key=lambda method: -fmean(values[method][MAIN]))
     dominated = [pair for pair in permutations(order, 2) if _dominates(*(values[method] for method in pair))]
     return {
+        "benchmark": "frontier",
         "runs": [str(run.path) for run in runs],
         "reference": reference,
         "sequences": targets,
@@ -338,6 +341,30 @@ def _columns(lost: str, form: str) -> list[_Column]:
     names = [_name(lost, damage, at) for damage, levels in LEVELS.items() for at in levels]
     names.insert(len(LEVELS["neg_acc"]), f"{lost}_area")
     return [_Column(name, _heading(name), 1, form) for name in names]
+
+
+def frontier_table(result: Frontier) -> str:
+    """Return the figures of all methods as a table in Markdown, with the paired differences at 2 points of Neg-Acc.
+
+    Args:
+        result: of `compare`.
+    """
+    reference = result["reference"]
+    rows = {
+        method: found["values"] | ({} if method == reference else {"difference": found["differences"][MAIN]})
+        for method, found in result["methods"].items()
+    }
+    columns = [
+        *_columns("self", ".1f"),
+        _Column("difference", f"S@2 less that of {reference}", 1, "+.1f"),
+        _Column("seconds", "seconds", -1, ".2f"),
+    ]
+    return (
+        f"{len(result['sequences'])} sequences at equal damage. S@x is Self-Acc lost at x points of Neg-Acc lost, "
+        "S@PPL+x% where the perplexity has risen by x%, S_area the mean over 0 to 5 points; seconds are those to "
+        "localize a sequence. Means with 95% confidence intervals; bold is the best of a column.\n\n"
+        f"{comparison_table(rows, columns)}"
+    )
 
 
 def print_frontier(result: Frontier, console: Console | None = None) -> None:

@@ -45,11 +45,13 @@ def deletion_tables(summary: DeletionSummary, columns: Sequence[Column]) -> str:
     ]
     for ratio, rows in _by_ratio(summary["methods"]).items():
         parts.append(f"**{_percent(ratio)} of {whose} {plural}**")
-        parts.append(_table(rows, columns, _published(summary["published"], ratio), summary["before"]))
+        parts.append(comparison_table(rows, columns, _published(summary["published"], ratio), summary["before"]))
     if "smallest_sets" in summary:
         parts.append(f"**{smallest_sets_heading(summary)}**")
         parts.append(
-            _table(summary["smallest_sets"]["methods"], [CountColumn(plural), *columns], {}, summary["before"])
+            comparison_table(
+                summary["smallest_sets"]["methods"], [CountColumn(plural), *columns], {}, summary["before"]
+            )
         )
     if "text" in summary:
         text = summary["text"]
@@ -79,7 +81,9 @@ def injection_tables(summary: InjectionSummary, columns_of: Callable[[float], Se
     for ratio in sorted(summary["injections"], key=float):
         parts.append(f"**{_percent(ratio)} of all {plural}**: {_injections(summary['injections'][ratio])}")
         if ratio in tables:  # nothing is scored if all injections failed
-            parts.append(_table(tables[ratio], columns_of(float(ratio)), _published(summary["published"], ratio)))
+            parts.append(
+                comparison_table(tables[ratio], columns_of(float(ratio)), _published(summary["published"], ratio))
+            )
     return "\n\n".join(parts)
 
 
@@ -104,12 +108,29 @@ def _published(figures: Published, ratio: str) -> dict[str, dict[str, float]]:
     return {method: ratios[ratio] for method, ratios in figures.items() if ratio in ratios}
 
 
-def _table(
+def comparison_table(
     rows: Mapping[str, Cells],
     columns: Sequence[Column],
-    published: Mapping[str, Mapping[str, float]],
+    published: Mapping[str, Mapping[str, float]] | None = None,
     before: Cells | None = None,
 ) -> str:
+    """Return a table of methods, means with 95% confidence intervals, the best of a column in bold.
+
+    Args:
+        rows: the figures of each method.
+        columns: those without a heading or values are left out.
+        published: figures of a paper, as a row below a method's own.
+        before: state before any ablation, as first row.
+
+    Example:
+        >>> from memloc_lens.report.table import CountColumn
+        >>> interval = {"mean": 7.0, "low": 5.0, "high": 9.0, "n": 4}
+        >>> print(comparison_table({"zero-out": {"neurons": interval}}, [CountColumn("neurons")]))
+        | method | neurons |
+        |---|---|
+        | zero-out | **7** [5, 9] |
+    """
+    published = published or {}
     shown = [column for column in columns if column.heading and any(column.name in cells for cells in rows.values())]
     lines = [_row("method", *(column.heading for column in shown)), "|" + "---|" * (len(shown) + 1)]
     if before is not None:
