@@ -2,8 +2,8 @@
 
     python benchmarks/real/well_known.py --model smollm2-135m --out runs/well-known
 
-`sequences.jsonl` has the texts that the model recites best, 24 tokens of prompt and 48 of suffix each; `context.jsonl`
-the opening of some that it does not, and prose about Python.
+`sequences.jsonl` has the texts that the model recites best, 24 tokens of prompt and 48 of suffix each, and as the split
+"dev" the next best; `context.jsonl` the opening of some literary ones that it does not know, and prose about Python.
 """
 
 import json
@@ -31,6 +31,7 @@ class Settings:
         out: Folder for the two files.
         texts: JSON lines with `id`, `text` and `category`.
         known: Number of texts to take as memorized; the least known literary ones are the context.
+        dev: Number of texts, the next best known, for the split "dev".
         context: Number of literary texts for the context.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     out: Path = Path("runs/well-known")
     texts: Path = Path(__file__).parent / "well_known.jsonl"
     known: int = 16
+    dev: int = 4
     context: int = 6
 
 
@@ -62,9 +64,11 @@ def main(settings: Settings) -> None:
     literary = [sequence for _, sequence in reversed(unknown) if "literature" in sequence.category][: settings.context]
     prose = model.tokenizer("\n\n".join(load_texts(HELD_OUT)), add_special_tokens=False)["input_ids"][-PROSE_TOKENS:]
     settings.out.mkdir(parents=True, exist_ok=True)
+    dev = unknown[: settings.dev]
     _write(settings.out / "sequences.jsonl", [
-        {"id": one.id, "tokens": one.tokens.tolist(), "prompt_len": PROMPT, "category": list(one.category)}
-        for _, one in known
+        dict(id=one.id, tokens=one.tokens.tolist(), prompt_len=PROMPT, category=list(one.category), split=split)
+        for split, part in (("test", known), ("dev", dev))
+        for _, one in part
     ])  # fmt: skip
     texts = [decode(model, one.tokens) for one in literary] + [model.tokenizer.decode(prose)]
     _write(settings.out / "context.jsonl", [{"text": text} for text in texts])
