@@ -13,10 +13,10 @@ from statistics import fmean
 import tyro
 
 from memloc_lens import (
+    Gradient,
     IterativeGradient,
     Localizer,
     MemorizedSequence,
-    ZeroOut,
     load_model,
     load_sequences,
     smallest_set,
@@ -26,7 +26,7 @@ from memloc_lens.products import fast_products
 
 REPEATS = (32, 48, 64, 96, 128)
 SUFFIXES = (12, 24, 48)
-METHODS: tuple[Localizer, ...] = (IterativeGradient(first_layer=1), ZeroOut(first_layer=1))
+METHODS: tuple[Localizer, ...] = (IterativeGradient(first_layer=1), Gradient(first_layer=1))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from typing import TypedDict
 
 import torch
 import tyro
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -106,7 +106,8 @@ def analyse(settings: RolesSettings, engine: Engine = serial) -> dict[str, Roles
     on_text = _sizes(model, [MemorizedSequence(row, 1) for row in rows])
     massive = top_neurons(on_text * output_norms(model, NEURONS), MASSIVE, rounding="nearest").members
 
-    of_targets = [_of_target(model, target, on_text) for target in targets]
+    promoted = _promoted(model)
+    of_targets = [_of_target(model, target, on_text, promoted) for target in targets]
     everything = torch.ones_like(massive)
     everything[: run.config["first_layer"]] = False
 
@@ -137,7 +138,10 @@ def _means(
 
 @torch.no_grad()
 def _of_target(
-    model: HookedTransformer, target: MemorizedSequence, on_text: Float[Tensor, "layer neuron"]
+    model: HookedTransformer,
+    target: MemorizedSequence,
+    on_text: Float[Tensor, "layer neuron"],
+    promoted: Int[Tensor, "sign layer neuron token"],
 ) -> tuple[Float[Tensor, "layer neuron"], Bool[Tensor, "layer neuron"]]:
     """Return for every neuron how much more it fires on the target, as a power of 2, and whether it promotes it."""
     names = [post(layer) for layer in range(model.cfg.n_layers)]
@@ -146,11 +150,18 @@ def _of_target(
     firing = (on_suffix.abs().mean(dim=1) / on_text.clamp(min=1e-9)).clamp(min=1e-9).log2()
     wanted = torch.zeros(model.cfg.d_vocab_out, dtype=torch.bool, device=firing.device)
     wanted[target.suffix.to(firing.device)] = True
-    promotes = []
-    for layer, sign in enumerate(on_suffix.mean(dim=1).sign()):
-        written = (sign[:, None] * model.blocks[layer].mlp.W_out.float()) @ model.W_U.float()
-        promotes.append(wanted[written.topk(PROMOTED, dim=1).indices].any(dim=1))
-    return firing, torch.stack(promotes)
+    positive, negative = wanted[promoted].any(dim=-1)
+    return firing, torch.where(on_suffix.mean(dim=1) > 0, positive, negative)
+
+
+@torch.no_grad()
+def _promoted(model: HookedTransformer) -> Int[Tensor, "sign layer neuron token"]:
+    """Return the tokens that every neuron promotes most, with a positive and with a negative activation."""
+    by_layer = []
+    for block in model.blocks:
+        written = block.mlp.W_out.float() @ model.W_U.float()
+        by_layer.append(torch.stack([(sign * written).topk(PROMOTED, dim=1).indices for sign in (1, -1)]))
+    return torch.stack(by_layer, dim=1)
 
 
 @torch.no_grad()
