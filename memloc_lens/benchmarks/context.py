@@ -51,7 +51,8 @@ def with_context(
         *_plain(settings, model, sum(len(row.tokens) for row in rows)),
     ]
     methods = tuple(configured(localizer, settings.component, context) for localizer in settings.localizers())
-    check_disjoint([sequence for method in methods for sequence in context_of(method)], [*measured, *rows])
+    read = {id(sequence): sequence for method in methods for sequence in context_of(method)}
+    check_disjoint(read.values(), [*measured, *rows])
     return replace(settings, methods=methods)
 
 

@@ -50,7 +50,7 @@ from memloc_lens.runs.command_line import benchmark_parser, published, run_comma
 from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
 from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
 from memloc_lens.runs.losses import check_losses
-from memloc_lens.runs.methods import AnyLocalizer, checked_scores, configured, name_of
+from memloc_lens.runs.methods import AnyLocalizer, checked_scores, configured, name_of, reads_context
 from memloc_lens.runs.records import KEY, foreign, lacks
 from memloc_lens.runs.schema import BEFORE, DeletionSummary, Published, Record
 from memloc_lens.runs.scores import kept_scores, origin, score_file
@@ -198,6 +198,8 @@ def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
 
 def _with_context(settings: DeletionSettings, material: Material) -> DeletionSettings:
     """Give the methods what they may read besides the targets: never what is measured."""
+    if not any(map(reads_context, settings.localizers())):
+        return settings
     dev = load_sequences(material.model, settings.data, "dev", settings.prompt_len, settings.bos)
     measured = [*material.targets, *material.others, *material.controls]
     return with_context(settings, material.model, [*dev, *reversed(material.memorized)], measured, material.text)

@@ -133,10 +133,20 @@ def configured(
     return replace(localizer, **chosen) if chosen else localizer
 
 
+def reads_context(localizer: AnyLocalizer) -> bool:
+    """Tell whether a localizer, or one inside it, has a context."""
+    return hasattr(localizer, "context") or any(map(reads_context, _parts(localizer)))
+
+
 def context_of(localizer: AnyLocalizer) -> tuple[MemorizedSequence, ...]:
     """Return what a localizer reads besides its targets; nothing if it has no context."""
-    parts = [*_as_tuple(getattr(localizer, "localizer", ())), *getattr(localizer, "localizers", ())]
-    return (*getattr(localizer, "context", ()), *(sequence for part in parts for sequence in context_of(part)))
+    inner = (sequence for part in _parts(localizer) for sequence in context_of(part))
+    return (*getattr(localizer, "context", ()), *inner)
+
+
+def _parts(localizer: AnyLocalizer) -> tuple[AnyLocalizer, ...]:
+    """Return the localizers inside one: that of a wrapper, or those of a fusion."""
+    return (*_as_tuple(getattr(localizer, "localizer", ())), *getattr(localizer, "localizers", ()))
 
 
 def _as_tuple(parts: Any) -> tuple[AnyLocalizer, ...]:

@@ -10,7 +10,7 @@ import torch
 
 from conftest import Killed, keys_of, records_of
 from memloc_lens import load_model
-from memloc_lens.benchmarks import deletion, injection, specificity
+from memloc_lens.benchmarks import deletion, finished_del, injection
 from memloc_lens.benchmarks.agreement import AgreementSettings, compare
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
@@ -162,7 +162,7 @@ def test_a_model_that_was_retrained_in_place_is_noticed(del_of_two, inj_of_one, 
     for module, settings in ((deletion, del_of_two), (injection, inj_of_one)):
         with pytest.raises(ValueError, match="the weights differ: their fingerprint is"):
             module.run(replace(settings, limit=3))
-    for module, name in ((specificity, "load_model"), (FindSettings, "load_model")):
+    for module, name in ((finished_del, "load_model"), (FindSettings, "load_model")):
         monkeypatch.setattr(module, name, lambda *_, **__: loaded_once)
     with pytest.raises(ValueError, match="the weights differ: their fingerprint is"):
         find.run(search)

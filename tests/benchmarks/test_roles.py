@@ -21,7 +21,13 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("roles") / "run"
     deletion.run(
         DeletionSettings(
-            methods=("activations", "random"), ratios=(0.01, 0.002), limit=2, negatives=2, text_tokens=128, out=out
+            methods=("activations", "random"),
+            ratios=(0.002,),
+            limit=2,
+            negatives=1,
+            controls=1,
+            text_tokens=128,
+            out=out,
         )
     )
     return out
@@ -29,7 +35,7 @@ def run(tmp_path_factory):
 
 def test_roles(run, tmp_path, capsys):
     text = write_lines(tmp_path / "text.jsonl", [{"text": TEXT}])
-    settings = RolesSettings(run, ratio=0.002, text=text, out=tmp_path / "roles.json")
+    settings = RolesSettings(run, text=text, out=tmp_path / "roles.json")
     result = analyse(settings)
     assert list(result) == ["activations", "random", ALL]
     model = load_model(device="cpu")
