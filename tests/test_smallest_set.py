@@ -70,8 +70,11 @@ def without(model, component, members):
     return model
 
 
-@pytest.mark.parametrize("component", ["neuron", "head"])
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize(("scope", "component"), [
+    ("layer", "head"),
+    ("global", "head"),
+    *(pytest.param(scope, "neuron", marks=pytest.mark.slow) for scope in ("layer", "global")),
+])  # fmt: skip
 def test_the_boundary_of_a_scan(model, memorized, component, scope):
     at_boundary, monotone = 0, 0
     for seed, first_layer in ((0, 1), (1, 0)):

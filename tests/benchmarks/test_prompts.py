@@ -80,6 +80,7 @@ def test_records_by_hand(settings):
     assert len(set(changes)) > 2
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_records(settings, tmp_path, dies_after):
     again = replace(settings, out=tmp_path / "run", until="greedy")
     whole = replace(settings, out=tmp_path / "whole", until="greedy")

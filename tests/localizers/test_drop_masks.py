@@ -27,6 +27,9 @@ DROP = DropMask(steps=4, lr=0.1, start="scratch", ratio=0.5, retained=2, penalty
 BALANCED = BalancedSubnet(steps=4, ratio=0.5, retained=2, lr=0.5, context=CONTEXT)
 EACH = pytest.mark.parametrize("localizer", [DROP, BALANCED], ids=lambda localizer: localizer.name)
 EACH_COMPONENT = pytest.mark.parametrize("component", COMPONENTS)
+NEURON_OR_SLOW = pytest.mark.parametrize(
+    "component", ["neuron", *(pytest.param(name, marks=pytest.mark.slow) for name in ("head", "weight"))]
+)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +127,7 @@ def test_balanced_subnet(model, component):
 
 
 @EACH
-@EACH_COMPONENT
+@NEURON_OR_SLOW
 def test_scores_of_a_list_are_those_of_its_members(model, localizer, component):
     localizer = replace(localizer, component=component)
     together = localizer(model, SEQUENCES)
@@ -134,7 +137,7 @@ def test_scores_of_a_list_are_those_of_its_members(model, localizer, component):
 
 
 @EACH
-@EACH_COMPONENT
+@NEURON_OR_SLOW
 def test_scores_depend_on_the_sequence_the_context_and_the_seed(model, localizer, component):
     localizer = replace(localizer, component=component)
     scores = localizer(model, SEQUENCES[0])
@@ -217,6 +220,7 @@ def test_the_context_is_prepared_once(model, localizer):
     assert sorted(tokens) == sorted([(2, 8)] + [(1, len(sequence.tokens)) for sequence in CONTEXT])
 
 
+@pytest.mark.slow
 def test_the_sequence_is_lost_and_the_context_is_kept(gpt2_that_recites):
     """What the masks are for: on a model trained to recite, the context's loss rises less with a penalty."""
     model, targets, others = gpt2_that_recites
@@ -248,7 +252,7 @@ def gpt2_that_recites():
     return model.eval(), sequences[:2], sequences[2:]
 
 
-@EACH_COMPONENT
+@NEURON_OR_SLOW
 def test_start_from_iterative_gradients(model, component):
     """Before it has learned, the mask drops what iterative gradients lock; then it learns."""
     settings = replace(DROP, component=component, start="iterative-gradient", lr=1e-9)
