@@ -64,10 +64,9 @@ def test_iterative_gradient(any_model, sequence, objective, schedule, scope):
 
 @pytest.mark.parametrize("component", ["head", "weight"])
 def test_iterative_gradient_of_other_components(gpt2, sequence, component):
-    scores = IterativeGradient(3, max_ratio=0.5, component=component)(gpt2, sequence)
+    scores = IterativeGradient(3, max_ratio=0.5, schedule="linear", component=component)(gpt2, sequence)
     expected = naive.iterative_gradient(gpt2, sequence, 3, "log_odds", 0.5, "linear", "layer", component=component)
-    found, wanted = naive.top(scores, len(expected[-1]), 0, "global"), set(expected[-1])
-    assert len(found & wanted) >= 0.99 * len(wanted)  # of nearly equal saliencies, float32 may choose another
+    assert naive.top(scores, len(expected[-1]), 0, "global") == set(expected[-1])
 
 
 @pytest.fixture(scope="module", params=GOLDEN, ids=lambda folder: folder.name)
