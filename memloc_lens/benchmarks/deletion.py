@@ -112,7 +112,7 @@ class DeletionSettings(RunSettings):
     limit: int = 8
     out: Path = Path("runs/del")
     negatives: int = 32
-    controls: int = 16
+    controls: int = 8
     text: Path | None = None
     text_tokens: int = 1024
     first_layer: int = 1
