@@ -26,17 +26,20 @@ class Settings:
         out: Folder of the DEL run.
         limit: Number of targets.
         ratios: Shares of every layer's neurons to drop.
+        controls: Number of control sequences.
     """
 
     out: Path = Path("runs/fused")
     limit: int = 16
     ratios: tuple[float, ...] = (0.02, 0.05, 0.1, 0.15, 0.2)
+    controls: int = 8
 
 
 def main(settings: Settings) -> None:
     """Fit the weights, print them, and run DEL."""
-    methods = (IterativeGradient(), ZeroOut(), Gradient())
-    wanted = DeletionSettings(methods=methods, limit=settings.limit, ratios=settings.ratios, out=settings.out)
+    methods = (IterativeGradient(), ZeroOut(candidates=0.1), Gradient())
+    shared = dict(limit=settings.limit, ratios=settings.ratios, controls=settings.controls, out=settings.out)
+    wanted = DeletionSettings(methods=methods, **shared)
     material = load_material(wanted)
     measured = [*material.targets, *material.others, *material.controls]
     ids = {sequence.id for sequence in measured}
@@ -47,7 +50,7 @@ def main(settings: Settings) -> None:
     with fast_products(material.model.cfg.device):
         fusion = fit_fusion(material.model, dev, others, known.localizers(), first_layer=wanted.first_layer)
     print("weights:", dict(zip([method.name for method in methods], fusion.weights, strict=True)), flush=True)
-    final = DeletionSettings(methods=(fusion,), limit=settings.limit, ratios=settings.ratios, out=settings.out)
+    final = DeletionSettings(methods=(fusion,), **shared)
     show(final, run(final))
 
 

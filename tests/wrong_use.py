@@ -225,7 +225,7 @@ CASES["half of a character"] = (
 
 SETTINGS: dict[str, tuple[str, Callable[[], Any]]] = {
     "Gradient(objective)": ("^objective is 'accuracy'; ", lambda: Gradient("accuracy")),
-    "Gradient(context)": ("^the context has the string 'text'; give a tuple", lambda: Gradient(context=("text",))),
+    "Gradient(context)": ("^the context has the string 'text'; give a list", lambda: Gradient(context=("text",))),
     "IterativeGradient(schedule)": ("^schedule is 'cubic'; ", lambda: IterativeGradient(schedule="cubic")),
     "IterativeGradient(scope)": ("^scope is 'model'; ", lambda: IterativeGradient(scope="model")),
     "HardConcrete(steps=-1)": ("^steps is -1; it must be a whole number at least 1$", lambda: HardConcrete(steps=-1)),

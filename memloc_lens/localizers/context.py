@@ -14,7 +14,7 @@ from torch import Tensor
 from memloc_lens.checks import described
 from memloc_lens.sequence import MemorizedSequence
 
-Context = Annotated[tuple[MemorizedSequence, ...], tyro.conf.Suppress]
+Context = Annotated[Sequence[MemorizedSequence], tyro.conf.Suppress]
 """A field of a localizer that a benchmark fills."""
 
 RUN = 16
@@ -33,7 +33,7 @@ def check_context(context: object) -> None:
     listed = context if isinstance(context, list | tuple) else [context]
     wrong = [item for item in listed if not isinstance(item, MemorizedSequence)]
     if wrong:
-        raise ValueError(f"the context has {described(wrong[0])}; give a tuple of MemorizedSequences")
+        raise ValueError(f"the context has {described(wrong[0])}; give a list of MemorizedSequences")
 
 
 def check_disjoint(context: Iterable[MemorizedSequence], measured: Iterable[MemorizedSequence]) -> None:
