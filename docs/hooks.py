@@ -21,7 +21,7 @@ from typing import Any
 from memloc_lens.benchmarks.frontier import frontier_table
 from memloc_lens.benchmarks.injection import metrics_at
 from memloc_lens.benchmarks.measurement import METRICS
-from memloc_lens.report.markdown import deletion_tables, injection_tables
+from memloc_lens.tables.markdown import deletion_tables, injection_tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"

@@ -14,11 +14,11 @@ from torch import Tensor
 from memloc_lens.benchmarks.measurement import Material
 from memloc_lens.checks import check_number
 from memloc_lens.components import Component, ComponentSet, top_components
-from memloc_lens.report.table import Column, CountColumn, print_comparison, smallest_sets_heading
 from memloc_lens.runs.schema import DeletionSummary, Record, SmallestSetsSummary
 from memloc_lens.runs.statistics import summarize
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import check_until, limit_of, smallest_set
+from memloc_lens.tables.terminal import Column, CountColumn, print_comparison, smallest_sets_heading
 
 SMALLEST = 0.0
 """In place of a ratio in the records of smallest sets."""

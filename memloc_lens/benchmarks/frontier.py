@@ -26,17 +26,16 @@ from typing import Any, Literal, TypedDict, cast
 
 import numpy as np
 import tyro
-from jaxtyping import Float
-from numpy import ndarray
 from rich.console import Console
 
-from memloc_lens.report.markdown import comparison_table
-from memloc_lens.report.table import print_comparison
+from memloc_lens.equal_damage import area, curve
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run
 from memloc_lens.runs.records import lacks
 from memloc_lens.runs.schema import Cells, Record
 from memloc_lens.runs.statistics import mean_interval
+from memloc_lens.tables.markdown import comparison_table
+from memloc_lens.tables.terminal import print_comparison
 
 LOST = {"self": "self_acc", "free": "self_free_acc"}
 LEVELS = {"neg_acc": (1, 2, 5), "ppl": (2, 5)}
@@ -54,9 +53,6 @@ DROPPED = ("component", "first_layer", "scope", "ablation")
 
 Values = dict[str, list[float]]
 """One value a target for each figure."""
-
-Curve = tuple[Float[ndarray, " point"], Float[ndarray, " point"]]
-"""Ascending damages from 0 on, and the most that is lost up to each."""
 
 
 @dataclass(frozen=True)
@@ -247,36 +243,6 @@ def _damages(grid: Sequence[Record], perplexity: float | None) -> dict[str, list
         for metric, scale in scales.items()
         if all(metric in record for record in grid)
     }
-
-
-def curve(damages: Sequence[float], lost: Sequence[float]) -> Curve:
-    """Return the most that is lost up to each damage.
-
-    Args:
-        damages: one a share; negative ones count as 0.
-        lost: points lost, one a share.
-
-    Example:
-        >>> damage, most = curve([4.0, -1.0, 2.0], [30.0, 5.0, 40.0])
-        >>> damage.tolist(), most.tolist()
-        ([0.0, 2.0, 4.0], [5.0, 40.0, 40.0])
-    """
-    clipped, losses = np.maximum(damages, 0.0), np.array(lost)
-    damage = np.unique([0.0, *clipped])
-    return damage, np.array([max([0.0, *losses[clipped <= at]]) for at in damage])
-
-
-def area(drawn: Curve, end: float) -> float:
-    """Return the mean height of a curve between 0 and a damage: the area under it, over its width.
-
-    Example:
-        >>> area(curve([2.0], [40.0]), end=4.0)
-        30.0
-    """
-    damage, most = drawn
-    inside = damage < end
-    heights = np.append(most[inside], np.interp(end, damage, most))
-    return float(np.trapezoid(heights, np.append(damage[inside], end)) / end)
 
 
 def _beyond(grids: Sequence[Sequence[Record]], perplexity: float | None) -> dict[str, int]:

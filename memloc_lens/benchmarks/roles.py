@@ -37,13 +37,13 @@ from memloc_lens.data import load_texts
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import check_device
-from memloc_lens.report.table import wide_console
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
 from memloc_lens.runs.schema import Record
 from memloc_lens.runs.visible import plain
 from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.tables.terminal import wide_console
 
 PROMOTED = 10
 MASSIVE = 0.01

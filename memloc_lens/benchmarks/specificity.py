@@ -35,13 +35,13 @@ from memloc_lens.benchmarks.finished_del import load_same_model, located_sets, t
 from memloc_lens.checks import check_number
 from memloc_lens.components import NEURONS, ComponentSet, post
 from memloc_lens.models import check_device
-from memloc_lens.report.table import wide_console
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
 from memloc_lens.runs.schema import Record
 from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import MemorizedSequence, decode
+from memloc_lens.tables.terminal import wide_console
 
 CONTEXT = 4  # tokens shown before one on which a neuron fires
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.stats import rankdata
@@ -18,6 +17,7 @@ from transformer_lens import HookedTransformer
 from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_first_layer, check_model, check_number, described
 from memloc_lens.components import Component, ComponentName, component_of, top_components
+from memloc_lens.equal_damage import lost_at
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.metrics import suffix_accuracy, teacher_forced
@@ -143,24 +143,6 @@ def fit_fusion(
         return forgotten(weights), -sum(weight**2 for weight in weights)
 
     return Fusion(localizers, max(simplex(len(localizers), grid), key=preference))
-
-
-def lost_at(points: float, damages: Sequence[float], lost: Sequence[float]) -> float:
-    """Return how much is lost at a damage: the most that is lost up to it, linear between the damages measured.
-
-    Args:
-        points: the damage, as far as it reaches; beyond the largest measured, the value stays.
-        damages: one for each share; negative ones count as 0.
-        lost: one for each share; with no damage, at least 0.
-
-    Example:
-        >>> from memloc_lens.localizers.fusion import lost_at
-        >>> lost_at(3.0, damages=[1.0, 2.0, 4.0], lost=[10.0, 30.0, 50.0])
-        40.0
-    """
-    damage, gain = np.maximum([0.0, *damages], 0.0), np.array([0.0, *lost])
-    at = np.unique(damage)
-    return float(np.interp(points, at, [gain[damage <= each].max() for each in at]))
 
 
 def simplex(size: int, grid: int) -> Iterator[tuple[float, ...]]:

@@ -1,1 +1,1 @@
-"""Records -> tables."""
+"""Runs -> one page."""

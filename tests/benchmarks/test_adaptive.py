@@ -13,8 +13,8 @@ from memloc_lens.benchmarks.frontier import FrontierSettings, compare
 from memloc_lens.benchmarks.measurement import METRICS
 from memloc_lens.benchmarks.specificity import SpecificitySettings, analyse
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
-from memloc_lens.report.markdown import deletion_tables
 from memloc_lens.runs.finished import read_run
+from memloc_lens.tables.markdown import deletion_tables
 
 METHODS = {"activations": Activations, "weight-norm": WeightNorm}
 

@@ -4,7 +4,7 @@ import pytest
 
 from memloc_lens.benchmarks.injection import metrics_at
 from memloc_lens.benchmarks.measurement import METRICS
-from memloc_lens.report.markdown import deletion_tables, injection_tables
+from memloc_lens.tables.markdown import deletion_tables, injection_tables
 
 
 def interval(mean: float, low: float, high: float) -> dict:

@@ -13,8 +13,9 @@ from tiny import tiny_model, tiny_sequence
 
 from conftest import assert_same_state, state_of
 from memloc_lens import COMPONENTS, Activations, Contrast, Fusion, Protect, Random, WeightNorm, fit_fusion
+from memloc_lens.equal_damage import lost_at
 from memloc_lens.localizers import Slimming
-from memloc_lens.localizers.fusion import lost_at, simplex
+from memloc_lens.localizers.fusion import simplex
 
 SEQUENCES = [tiny_sequence(2), tiny_sequence(3, length=7)]
 OTHERS = [tiny_sequence(4), tiny_sequence(5, length=9)]

@@ -8,8 +8,8 @@ from rich.console import Console
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
-from memloc_lens.report.markdown import deletion_tables, injection_tables
-from memloc_lens.report.table import print_comparison, print_tuning
+from memloc_lens.tables.markdown import deletion_tables, injection_tables
+from memloc_lens.tables.terminal import print_comparison, print_tuning
 
 
 def cell(mean: float) -> dict:

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from memloc_lens.report.table import Column, CountColumn, smallest_sets_heading
 from memloc_lens.runs.schema import ByMethod, Cells, DeletionSummary, InjectionsSummary, InjectionSummary, Published
 from memloc_lens.runs.visible import markdown
+from memloc_lens.tables.terminal import Column, CountColumn, smallest_sets_heading
 
 
 def deletion_tables(summary: DeletionSummary, columns: Sequence[Column]) -> str:
@@ -123,7 +123,7 @@ def comparison_table(
         before: state before any ablation, as first row.
 
     Example:
-        >>> from memloc_lens.report.table import CountColumn
+        >>> from memloc_lens.tables.terminal import CountColumn
         >>> interval = {"mean": 7.0, "low": 5.0, "high": 9.0, "n": 4}
         >>> print(comparison_table({"zero-out": {"neurons": interval}}, [CountColumn("neurons")]))
         | method | neurons |

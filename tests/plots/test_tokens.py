@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from memloc_lens import MemorizedSequence, Neurons, load_sequences
-from memloc_lens.report import tokens
-from memloc_lens.report.tokens import forgetting_page, token_losses
+from memloc_lens.plots import tokens
+from memloc_lens.plots.tokens import forgetting_page, token_losses
 
 
 def test_losses_of_each_token(any_model, sequence):
