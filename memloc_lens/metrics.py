@@ -18,7 +18,7 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_model, check_tensor, described
 from memloc_lens.components import ComponentSet, Scope, count_of
-from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss
+from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss, target_losses
 from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.isolation import isolated
 from memloc_lens.memory import rows_at_once
@@ -42,6 +42,7 @@ __all__ = [
     "row_losses",
     "suffix_accuracy",
     "suffix_loss",
+    "suffix_probabilities",
     "teacher_forced",
     "text_distance",
     "text_rows",
@@ -121,6 +122,28 @@ def suffix_loss(
         for indices, group in equal_length_batches(sequences, rows_for(model, sequences, batch)):
             losses[indices] = target_loss(model, final_residual(model, group), group).double().cpu()
     return losses if model.cfg.dtype == torch.float64 else losses.float()
+
+
+@torch.no_grad()
+def suffix_probabilities(
+    model: HookedTransformer, sequence: MemorizedSequence, prefix: PrefixCache | None = None
+) -> Float[Tensor, " suffix"]:
+    """Return p(token | all before it) of every token of the suffix, on the CPU.
+
+    Args:
+        model: used as it is, ablated or not.
+        sequence: prompt and suffix.
+        prefix: cache of the layers before the first ablated one.
+
+    Example:
+        >>> bool((suffix_probabilities(model, sequence) > 0.9).all())
+        True
+    """
+    model = check_model(model)
+    (sequence,) = check_sequences(model, [sequence])
+    batch = Batch(sequence.tokens[None], sequence.prompt_len)
+    with isolated(model):
+        return target_losses(model, final_residual(model, batch, prefix), batch)[0].neg().exp().cpu()
 
 
 def perplexity(

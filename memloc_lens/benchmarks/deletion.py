@@ -35,6 +35,7 @@ from memloc_lens.benchmarks.measurement import (
     State,
     measure,
     recited,
+    sample,
     text_interval,
 )
 from memloc_lens.checks import check_first_layer
@@ -288,6 +289,7 @@ def _before(material: Material, job: Job) -> Iterator[Record]:
                 "method": BEFORE,
                 "ratio": 0.0,
                 **measure(state, target),
+                **sample(state, target),
                 "accuracies": memorized,
             }
 
@@ -312,7 +314,9 @@ class RecordCheck:
         """Return what is wrong with a record of a run with a configuration, None if nothing is."""
         ids = [record["sequence"], *self._others]
         if record["method"] == BEFORE:
-            self._metrics[record["sequence"]] = [name for name in record if name not in (*KEY, "accuracies")]
+            self._metrics[record["sequence"]] = [
+                name for name, value in record.items() if name not in KEY and isinstance(value, int | float)
+            ]
             return lacks(record, ["self_acc", "self_free_acc"], {"accuracies": ids})
         metrics = self._metrics.get(record["sequence"], [])
         own = ["reached"] if record["ratio"] == SMALLEST else []
@@ -393,6 +397,7 @@ def _record(settings: DeletionSettings, material: Material, before: Record, case
     with _ablated(settings, material, case.located):
         state = State(material, {case.target.id: free})
         after = measure(state, case.target)
+        seen = sample(state, case.target)
         accuracies = {id: state.forced(sequence).acc for id, sequence in _memorized(material, case.target).items()}
     return {
         "sequence": case.target.id,
@@ -401,6 +406,7 @@ def _record(settings: DeletionSettings, material: Material, before: Record, case
         case_count(settings): len(case.located),
         **case.further,
         **{name: round(value - before[name], 6) for name, value in after.items() if name in before},
+        **seen,
         "acc_changes": {id: round(value - before["accuracies"][id], 4) for id, value in accuracies.items()},
         "localize_seconds": case.localize_seconds,
         "evaluate_seconds": round(time.perf_counter() - started, 3),

@@ -14,8 +14,15 @@ from transformer_lens import HookedTransformer
 from memloc_lens.benchmarks.prompts import PROMPTS
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import Predictions, free_running
-from memloc_lens.metrics import perplexity, row_losses, suffix_accuracy, teacher_forced, text_distance
-from memloc_lens.runs.schema import TextPerplexity
+from memloc_lens.metrics import (
+    perplexity,
+    row_losses,
+    suffix_accuracy,
+    suffix_probabilities,
+    teacher_forced,
+    text_distance,
+)
+from memloc_lens.runs.schema import Record, TextPerplexity
 from memloc_lens.runs.statistics import mean_interval
 from memloc_lens.sequence import MemorizedSequence
 
@@ -53,8 +60,13 @@ class Match(NamedTuple):
 
 
 OWN = "own"
-Recited = dict[str, Match]
-"""The free-running match of a target by prompt: its own, and those of `PROMPTS` if they are asked for."""
+
+
+class Recited(NamedTuple):
+    """What greedy decoding writes after a target's prompt, and its match by prompt: its own, and those of `PROMPTS`."""
+
+    written: list[int]
+    matches: dict[str, Match]
 
 
 def recited(material: Material, targets: Sequence[MemorizedSequence], batch: int) -> list[Recited]:
@@ -63,12 +75,14 @@ def recited(material: Material, targets: Sequence[MemorizedSequence], batch: int
     by_prompt = {OWN: list(targets)}
     for name, vary in PROMPTS.items() if material.prompts else ():
         by_prompt[name] = [vary(model, target) for target in targets]
-    found: list[Recited] = [{} for _ in targets]
+    found = [Recited([], {}) for _ in targets]
     for name, sequences in by_prompt.items():
         generated = free_running(model, sequences, batch)
         # row by row: with an ablation of its own for each row, a target may have several
         for own, sequence, suffix in zip(found, sequences, generated, strict=True):
-            own |= {name: matches(model, [sequence], [suffix])[sequence.id]}
+            own.matches[name] = matches(model, [sequence], [suffix])[sequence.id]
+            if name == OWN:
+                own.written.extend(suffix.tolist())
     return found
 
 
@@ -102,11 +116,19 @@ class State:
 
     def free(self, target: MemorizedSequence) -> Match:
         """Return the match of the greedy continuation of a target's prompt."""
-        return self._recited(target)[OWN]
+        return self._recited(target).matches[OWN]
+
+    def written(self, target: MemorizedSequence) -> list[int]:
+        """Return the tokens of the greedy continuation of a target's prompt."""
+        return self._recited(target).written
+
+    def probabilities(self, target: MemorizedSequence) -> list[float]:
+        """Return the probability of every token of a target's suffix, given all true tokens before it."""
+        return suffix_probabilities(self.material.model, target, self.material.prefix).tolist()
 
     def other_prompt(self, target: MemorizedSequence, name: str) -> float | None:
         """Return the accuracy of the greedy continuation of another prompt of a target, None if it is not asked for."""
-        found = self._recited(target).get(name)
+        found = self._recited(target).matches.get(name)
         return found.acc if found else None
 
     def _recited(self, target: MemorizedSequence) -> Recited:
@@ -212,6 +234,14 @@ def measure(state: State, target: MemorizedSequence) -> dict[str, float]:
     metrics = (*METRICS, *PROMPT_METRICS) if state.material.prompts else METRICS
     values = {metric.name: metric.measure(state, target) for metric in metrics}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def sample(state: State, target: MemorizedSequence) -> Record:
+    """Return what a reader may want to see of a target: lists of a number for every token of its suffix."""
+    return {
+        "probabilities": [round(value, 4) for value in state.probabilities(target)],
+        "written": state.written(target),
+    }
 
 
 def text_interval(material: Material) -> TextPerplexity:

@@ -10,7 +10,7 @@ from typing import Any
 from memloc_lens.runs.schema import Record
 
 KEY = ("sequence", "method", "ratio")
-"""The fields that identify a record of a benchmark; all others of it are numbers, or numbers by id."""
+"""The fields that identify a record of a benchmark; all others of it are numbers, numbers by id, or lists of them."""
 
 SEAL = "crc32"
 """The field of a record with its checksum."""
@@ -147,6 +147,5 @@ def _is_finite(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(number, int | float) for number in value.values())
-    return isinstance(value, int | float)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return all(isinstance(number, int | float) for number in values)

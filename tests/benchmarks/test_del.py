@@ -94,9 +94,17 @@ def test_a_record_is_what_its_parts_say(small_del, tmp_path, component, scope):
         }
         return values | {"self_free_acc": suffix_accuracy(free_running(model, [target]), [target]).item()}
 
+    def check_sample(model, record) -> None:
+        with torch.no_grad():
+            probabilities = model(target.tokens[None])[0].softmax(dim=-1)
+        expected = probabilities[target.prompt_len - 1 : -1].gather(1, target.suffix[:, None])[:, 0]
+        assert record["probabilities"] == pytest.approx(expected.tolist(), abs=1e-4)
+        assert record["written"] == free_running(model, [target])[0].tolist()
+
     before = accuracies(clean)
     for name, value in before.items():
         assert records["s1", 0.0][name] == pytest.approx(value, abs=1e-4)
+    check_sample(clean, records["s1", 0.0])
     changes = []
     for ratio in settings.ratios:
         kind = COMPONENTS[component]
@@ -108,6 +116,7 @@ def test_a_record_is_what_its_parts_say(small_del, tmp_path, component, scope):
         for name, after in accuracies(model).items():
             assert records["s1", ratio][name] == pytest.approx(after - before[name], abs=1e-4)
             changes.append(after - before[name])
+        check_sample(model, records["s1", ratio])
         each = {other.id: suffix_accuracy(teacher_forced(model, [other]), [other]).item() for other in sequences}
         assert records["s1", ratio]["acc_changes"] == pytest.approx(
             {id: accuracy - records["s1", 0.0]["accuracies"][id] for id, accuracy in each.items()}, abs=1e-3
