@@ -4,14 +4,11 @@ An interrupted run resumes in its folder: records that are there are not made ag
 dropped. One process at a time uses the folder.
 """
 
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +17,7 @@ import torch
 from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.jobs import InMemory
 from memloc_lens.runs.lock import lock
+from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.records import KEY, SEAL, Problem, broken_seal, read_records, read_table, sealed, why_unusable
 from memloc_lens.runs.schema import Record, Summary
 
@@ -33,7 +31,8 @@ PLACES = ("model", "data", "text")
 """Parts that say where the weights, the sequences and the text are; these are identified by their content."""
 
 HISTORY = ("written_by", "extents", "threads")
-"""Parts that tell how records came about: by which versions, how often the sequences grew, and on how many threads."""
+"""Parts that tell how records came about: by which code, command and machine, how often the sequences grew, and on how
+many threads."""
 
 SENTENCES = {
     "weights": "the weights differ: their fingerprint",
@@ -228,21 +227,11 @@ def same_threads(config: Mapping[str, Any]) -> Iterator[None]:
         torch.set_num_threads(own)
 
 
-@cache
-def source() -> dict[str, str]:
-    """Return the version of the package and a hash of its source, for the configuration."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for file in sorted(package.rglob("*.py")):
-        digest.update(str(file.relative_to(package)).encode() + file.read_bytes())
-    return {"memloc_lens": version("memloc-lens"), "source_sha256": digest.hexdigest()[:16]}
-
-
 def _merged(earlier: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Add to an earlier configuration what this run brings: methods, ratios, sequences, and who writes records now."""
     merged = {**config, "written_by": list(earlier.get("written_by", []))}
-    if source() not in merged["written_by"]:
-        merged["written_by"].append(source())
+    if provenance() not in merged["written_by"]:
+        merged["written_by"].append(provenance())
     for name in set(TABLES) & config.keys():
         merged[name] = {**earlier.get(name, {}), **config[name]}
     if "ratios" in config:

@@ -12,6 +12,9 @@ from memloc_lens.runs.schema import Record
 KEY = ("sequence", "method", "ratio")
 """The fields that identify a record of a benchmark; all others of it are numbers, numbers by id, or lists of them."""
 
+LISTS = ("probabilities", "written")
+"""Fields with a number for every token of a suffix."""
+
 SEAL = "crc32"
 """The field of a record with its checksum."""
 
@@ -83,7 +86,7 @@ def why_unusable(record: Any, key: Sequence[str]) -> str | None:
         if not isinstance(record[name], wanted) or isinstance(record[name], bool):
             return f"not a record: its {name!r} is {record[name]!r}"
     for name, value in record.items():
-        if not _is_finite(value) or (name not in key and "ratio" in key and not _is_number(value)):
+        if not _is_finite(value) or (name not in key and "ratio" in key and not _is_number(value, name in LISTS)):
             return f"{name} is {str(value)[:40]!s}, where a finite number belongs"
     return None
 
@@ -146,6 +149,8 @@ def _is_finite(value: Any) -> bool:
     return value is not None and (not isinstance(value, float) or math.isfinite(value))
 
 
-def _is_number(value: Any) -> bool:
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+def _is_number(value: Any, listed: bool) -> bool:
+    if isinstance(value, list) != listed:
+        return False
+    values = value.values() if isinstance(value, dict) else value if listed else [value]
     return all(isinstance(number, int | float) for number in values)

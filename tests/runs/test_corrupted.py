@@ -243,6 +243,8 @@ OF_DEL = {
     "a record without a metric": with_line(-1, without("neg_acc")),
     "a record without changes": with_line(-1, without("acc_changes")),
     "changes that are a number": with_line(-1, put("acc_changes", 3)),
+    "probabilities that are a number": with_line(-1, put("probabilities", 0.5)),
+    "tokens that are words": with_line(-1, put("written", ["a", "b"])),
     "changes with NaN": with_line(-1, lambda record: record["acc_changes"].update(s0=float("nan"))),
     "changes without a sequence": with_line(-1, lambda record: record["acc_changes"].__delitem__("s0")),
 }

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from memloc_lens.runs import folder as folder_module
-from memloc_lens.runs.folder import RunFolder, source
+from memloc_lens.runs.folder import RunFolder
+from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.scores import kept_scores, score_file
 
 ZERO_OUT = {"callable": "memloc_lens:ZeroOut", "first_layer": 1}
@@ -89,18 +90,18 @@ def test_the_source_that_wrote_records_is_kept(tmp_path, monkeypatch):
     RunFolder(tmp_path, CONFIG)
     (first,) = config_of(tmp_path)["written_by"]
     assert re.fullmatch("[0-9a-f]{16}", first["source_sha256"])
-    monkeypatch.setattr(folder_module, "source", lambda: {"memloc_lens": "9", "source_sha256": "0"})
+    monkeypatch.setattr(folder_module, "provenance", lambda: {"memloc_lens": "9", "source_sha256": "0"})
     RunFolder(tmp_path, CONFIG)
     assert config_of(tmp_path)["written_by"] == [first, {"memloc_lens": "9", "source_sha256": "0"}]
 
 
 def test_a_changed_file_is_another_source(monkeypatch):
-    before = source.__wrapped__()
+    before = provenance.__wrapped__()
     read = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * (path.name == "checks.py"))
-    assert source.__wrapped__()["source_sha256"] != before["source_sha256"]
+    assert provenance.__wrapped__()["source_sha256"] != before["source_sha256"]
     monkeypatch.setattr(Path, "read_bytes", read)
-    assert source.__wrapped__() == before
+    assert provenance.__wrapped__() == before
 
 
 def test_an_unreadable_configuration_is_one_error(tmp_path):
