@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 
 PACKAGE = Path(__file__).parents[1]
-COMMANDS = ("memloc", "memloc_lens")
 
 
 @cache
@@ -58,10 +58,10 @@ def _git(*arguments: str) -> str:
 def _command() -> str:
     """Return the command line of the process, if it is one of ours."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    module = spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name.split()[0]
-    if module.split(".")[0] not in COMMANDS:
+    program = f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+    if not re.match(r"(python -m )?memloc(_lens)?\b", program):
         return "from Python"
-    return shlex.join([*(("python", "-m") if spec else ()), *module.split(), *sys.argv[1:]])
+    return f"{program} {shlex.join(sys.argv[1:])}".strip()
 
 
 def _machine() -> str:
