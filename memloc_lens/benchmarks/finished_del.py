@@ -1,8 +1,11 @@
 """A finished DEL run once more: its model, its targets, and the components that it dropped."""
 
+from collections.abc import Iterator
 from typing import get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.deletion import DeletionSettings, localized_at_once, located
@@ -16,6 +19,15 @@ from memloc_lens.runs.scores import origin
 from memloc_lens.runs.settings import Precision, batches_of, identities
 from memloc_lens.sequence import MemorizedSequence
 
+DROPPED_BY = ("component", "first_layer", "scope", "batch")
+"""The settings that decide which components a run drops."""
+
+
+def _check_configured(run: FinishedRun, *names: str) -> None:
+    missing = [name for name in names if name not in run.config]
+    if missing:
+        raise ValueError(f"{run.path / 'config.json'} has no {missing[0]}; run DEL again in a new folder")
+
 
 def load_same_model(run: FinishedRun, device: str | None = None) -> HookedTransformer:
     """Load the model of a run.
@@ -27,9 +39,7 @@ def load_same_model(run: FinishedRun, device: str | None = None) -> HookedTransf
     Raises:
         ValueError: if the configuration is not complete, or the weights are not those of the run.
     """
-    missing = [name for name in ("model", "component", "first_layer", "scope", "batch") if name not in run.config]
-    if missing or "data" not in run.config:
-        raise ValueError(f"{run.path / 'config.json'} has no {(missing or ['data'])[0]}; run DEL again in a new folder")
+    _check_configured(run, "model", *DROPPED_BY, "data")
     dtype = run.config.get("dtype", "float32")
     check_choice("dtype", dtype, get_args(Precision))
     model = load_model(run.config["model"], device=device, dtype=getattr(torch, dtype))
@@ -66,13 +76,25 @@ def targets_of(run: FinishedRun, model: HookedTransformer, ratio: float) -> list
     return targets
 
 
-def located_sets(run: FinishedRun, method: str, ratio: float, targets: int) -> list[ComponentSet]:
-    """Return the components that a run dropped for each of its targets."""
-    names = ("component", "first_layer", "scope", "batch")
-    dropped = DeletionSettings(**{name: run.config[name] for name in names})
+def dropping(run: FinishedRun) -> DeletionSettings:
+    """Return the settings by which a run chose components.
+
+    Raises:
+        ValueError: if its configuration lacks one.
+    """
+    _check_configured(run, *DROPPED_BY)
+    return DeletionSettings(**{name: run.config[name] for name in DROPPED_BY})
+
+
+def target_scores(run: FinishedRun, method: str, targets: int) -> Iterator[Float[Tensor, " layer *unit"]]:
+    """Yield the scores that a run kept of each of its targets."""
+    dropped = dropping(run)
     batches = batches_of(run.config.get("extents", [targets]), localized_at_once(dropped.component, dropped.batch))
-    found = []
     for start, stop in (batch for batch in batches if batch[0] < targets):
         of = origin(run.config, method, start, stop) if "weights" in run.config else None
-        found += [located(dropped, scores, ratio) for scores in run.scores(method, start, of=of)["scores"]]
-    return found[:targets]
+        yield from run.scores(method, start, of=of)["scores"][: targets - start]
+
+
+def located_sets(run: FinishedRun, method: str, ratio: float, targets: int) -> list[ComponentSet]:
+    """Return the components that a run dropped for each of its targets."""
+    return [located(dropping(run), scores, ratio) for scores in target_scores(run, method, targets)]

@@ -128,9 +128,8 @@ def compare(settings: FrontierSettings) -> Frontier:
             targets, or no method is called like the reference.
     """
     runs = [read_run(folder, "del") for folder in settings.runs]
-    targets = _same_targets(runs)
-    perplexity = runs[0].summary.get("before", {}).get("ppl", {}).get("mean")
-    grids = {method: _grids(method, records, targets) for method, records in _by_method(runs).items()}
+    perplexity = perplexity_before(runs[0])
+    grids = grids_of(runs)
     values: dict[str, Values] = {}
     for method, of_targets in grids.items():
         each = [figures(grid, perplexity) for grid in of_targets]
@@ -142,7 +141,7 @@ def compare(settings: FrontierSettings) -> Frontier:
         "benchmark": "frontier",
         "runs": [str(run.path) for run in runs],
         "reference": reference,
-        "sequences": targets,
+        "sequences": _same_targets(runs),
         "methods": {
             method: {
                 "shares": len(grids[method][0]),
@@ -155,6 +154,21 @@ def compare(settings: FrontierSettings) -> Frontier:
             for method in order
         },
     }
+
+
+def perplexity_before(run: FinishedRun) -> float | None:
+    """Return the perplexity of the text before any ablation, None if the run did not measure it."""
+    return run.summary.get("before", {}).get("ppl", {}).get("mean")
+
+
+def grids_of(runs: Sequence[FinishedRun]) -> dict[str, list[list[Record]]]:
+    """Return for each method and target its records, one a share; runs with the same settings of a method are one grid.
+
+    Raises:
+        ValueError: if runs differ in model, targets or negatives, or a method lacks targets.
+    """
+    targets = _same_targets(runs)
+    return {method: _grids(method, records, targets) for method, records in _by_method(runs).items()}
 
 
 def _same_targets(runs: Sequence[FinishedRun]) -> list[str]:
@@ -221,10 +235,10 @@ def figures(grid: Sequence[Record], perplexity: float | None) -> dict[str, float
     """
     found: dict[str, float] = {}
     for name, lost in LOST.items():
-        for damage, damages in _damages(grid, perplexity).items():
+        for damage, each in damages(grid, perplexity).items():
             if not all(lost in record for record in grid):
                 continue
-            drawn = curve(damages, [-record[lost] for record in grid])
+            drawn = curve(each, [-record[lost] for record in grid])
             found |= {_name(name, damage, at): float(np.interp(at, *drawn)) for at in LEVELS[damage]}
             if damage == "neg_acc":
                 found[f"{name}_area"] = area(drawn, AREA)
@@ -235,7 +249,7 @@ def _name(lost: str, damage: str, at: float) -> str:
     return f"{lost}@ppl{at}%" if damage == "ppl" else f"{lost}@{at}"
 
 
-def _damages(grid: Sequence[Record], perplexity: float | None) -> dict[str, list[float]]:
+def damages(grid: Sequence[Record], perplexity: float | None) -> dict[str, list[float]]:
     """Return the damage of each share: points of Neg-Acc lost, and the rise of the perplexity in percent."""
     scales = {"neg_acc": -1.0} | ({"ppl": 100 / perplexity} if perplexity else {})
     return {
@@ -246,7 +260,7 @@ def _damages(grid: Sequence[Record], perplexity: float | None) -> dict[str, list
 
 
 def _beyond(grids: Sequence[Sequence[Record]], perplexity: float | None) -> dict[str, int]:
-    ends = [{damage: max(each) for damage, each in _damages(grid, perplexity).items()} for grid in grids]
+    ends = [{damage: max(each) for damage, each in damages(grid, perplexity).items()} for grid in grids]
     return {
         _name("self", damage, at): sum(end[damage] < at for end in ends) for damage in ends[0] for at in LEVELS[damage]
     }

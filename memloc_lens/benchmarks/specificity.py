@@ -136,8 +136,8 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
     """
     run = read_run(settings.run, "del")
     ratio = run.check_ratio(settings.ratio, max(run.ratios, default=None))
-    if settings.method not in (None, *run.methods):
-        raise ValueError(f"{settings.run} has no method {settings.method!r}; it has {', '.join(run.methods)}")
+    if settings.method is not None:
+        run.check_method(settings.method)
     if any("acc_changes" not in record for record in run.records):
         raise ValueError(f"the records of {settings.run} do not tell sequences apart; run DEL again")
     model = load_same_model(run, settings.device)

@@ -1,7 +1,7 @@
 """Read a finished run: the one reader of agreement, specificity and whatever else looks at run folders."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from memloc_lens.runs.folder import read_config
 from memloc_lens.runs.records import broken_seal, read_records, read_table
-from memloc_lens.runs.schema import Record
+from memloc_lens.runs.schema import BEFORE, Record
 from memloc_lens.runs.scores import read_scores, score_file
 
 
@@ -23,12 +23,14 @@ class FinishedRun:
         summary: its `summary.json`.
         records: of the methods and ratios in the summary; those of states before an ablation and of injections are
             left out, and those of a later run that is not finished.
+        before: the records of the state before any ablation, by sequence; none in a run of INJ.
     """
 
     path: Path
     config: dict[str, Any]
     summary: dict[str, Any]
     records: list[Record]
+    before: dict[str, Record] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -52,6 +54,16 @@ class FinishedRun:
                 f"{self.path} has no records at the ratio {ratio}; it has {', '.join(map(str, self.ratios)) or 'none'}"
             )
         return chosen
+
+    def check_method(self, method: str) -> str:
+        """Return the method.
+
+        Raises:
+            ValueError: if the run has no records of it.
+        """
+        if method not in self.methods:
+            raise ValueError(f"{self.path} has no method {method!r}; it has {', '.join(self.methods)}")
+        return method
 
     def at(self, method: str, ratio: float) -> dict[str, Record]:
         """Return the record of each sequence of a method at a ratio."""
@@ -94,13 +106,19 @@ def read_run(folder: Path, benchmark: str) -> FinishedRun:
         summary = read_table(folder / "summary.json")
         is_summarized = _summarized(folder, config, summary, benchmark)
         records = read_records(
-            folder / "records.jsonl", problem=lambda record: broken_seal(record) if is_summarized(record) else None
+            folder / "records.jsonl",
+            problem=lambda record: broken_seal(record) if _is_before(record) or is_summarized(record) else None,
         )
     except OSError as error:
         raise ValueError(f"{folder} holds no finished run: {error.filename}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from error
-    return FinishedRun(folder, config, summary, list(filter(is_summarized, records)))
+    before = {record["sequence"]: record for record in filter(_is_before, records)}
+    return FinishedRun(folder, config, summary, list(filter(is_summarized, records)), before)
+
+
+def _is_before(record: Record) -> bool:
+    return record["method"] == BEFORE
 
 
 def _summarized(
