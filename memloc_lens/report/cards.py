@@ -1,6 +1,5 @@
 """Cards of the targets of a DEL run: their text token by token, and what the model writes, before and after."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,13 +31,12 @@ def sequence_cards(run: FinishedRun, model: HookedTransformer) -> list[dict[str,
         runs of earlier versions have neither.
     """
     targets = targets_of(run, model, max(run.ratios))
-    before = {record["sequence"]: record for record in run.before}
-    after: dict[str, dict[str, dict[str, Any]]] = {target.id: {} for target in targets}
+    after: dict[str, dict[str, Any]] = {target.id: {} for target in targets}
     by_id = {target.id: target for target in targets}
     for record in run.records:
         states = after[record["sequence"]].setdefault(record["method"], {})
         states[f"{record['ratio']:g}"] = _state(model, by_id[record["sequence"]], record)
-    return [_card(model, target, before[target.id], after[target.id]) for target in targets]
+    return [_card(model, target, run.before[target.id], after[target.id]) for target in targets]
 
 
 def _card(
@@ -56,7 +54,7 @@ def _card(
 
 
 def _state(model: HookedTransformer, target: MemorizedSequence, record: Record) -> dict[str, Any]:
-    own = {"self": record["self_acc"], "neg": record.get("neg_acc")}
+    own: dict[str, Any] = {"self": record["self_acc"], "neg": record.get("neg_acc")}
     if not all(name in record for name in LISTS):
         return own
     written = _text(model, torch.tensor(record["written"]))

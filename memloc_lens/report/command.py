@@ -20,7 +20,7 @@ from memloc_lens.plots import save_figure
 from memloc_lens.report.cards import sequence_cards
 from memloc_lens.report.neurons import neuron_cards
 from memloc_lens.report.page import RunSection, render
-from memloc_lens.report.pictures import Picture, pictures
+from memloc_lens.report.pictures import Missing, Picture, pictures
 from memloc_lens.report.summaries import about, tables
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.disk import write_whole
@@ -113,9 +113,9 @@ def _section(settings: ReportSettings, run: FinishedRun) -> RunSection:
     return section
 
 
-def _save(folder: Path, drawn: list[Picture]) -> None:
+def _save(folder: Path, drawn: list[Picture | Missing]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for picture in drawn:
+    for picture in (each for each in drawn if isinstance(each, Picture)):
         for suffix in ("svg", "png"):
             save_figure(picture.figure, folder / f"{picture.name}.{suffix}")
 

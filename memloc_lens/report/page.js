@@ -48,9 +48,9 @@ for (const button of document.querySelectorAll("table.sortable th button")) butt
 
 function colours() {
   const style = getComputedStyle(document.documentElement);
-  const [ink, line] = ["--ink", "--line"].map(name => style.getPropertyValue(name).trim());
+  const [ink, soft, line] = ["--ink", "--soft", "--line"].map(name => style.getPropertyValue(name).trim());
   const axis = {gridcolor: line, linecolor: line, zerolinecolor: line};
-  return {"font.color": ink, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+  return {"font.color": ink, "title.subtitle.font.color": soft, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     ...Object.fromEntries(["xaxis", "yaxis"].flatMap(name => Object.entries(axis).map(([key, value]) => [`${name}.${key}`, value])))};
 }
 
@@ -84,7 +84,7 @@ function coloured(tokens, percent) {
   place.id = `tokens-${count++}`;
   // it looks for the element in the document
   queueMicrotask(() => CircuitsVis.render(place.id, CircuitsVis.ColoredTokens,
-    {tokens: tokens.map(escaped), values: percent, minValue: 0, maxValue: 100, positiveColor: "#4aa3df"}));
+    {tokens: tokens.map(escaped), values: percent, minValue: 0, maxValue: 100, positiveColor: "#9bd0f5"}));
   return place;
 }
 

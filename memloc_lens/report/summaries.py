@@ -110,7 +110,9 @@ def _table(
     table = Table(title, [column.heading for column in shown], note=note)
     if before:
         means = [before[column.name]["mean"] if column.name in before else None for column in shown]
-        table.rows.append(Row("before", "before", [mean if mean is None else Cell(mean, f"{mean:.1f}") for mean in means]))
+        table.rows.append(
+            Row("before", "before", [mean if mean is None else Cell(mean, f"{mean:.1f}") for mean in means])
+        )
     for method, cells in cells_of.items():
         table.rows.append(Row(method, "method", [_cell(column, cells, cells_of.values()) for column in shown]))
         figures = summary.get("published", {}).get(method, {}).get(ratio)
