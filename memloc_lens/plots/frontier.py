@@ -63,7 +63,9 @@ def _line(method: str, grids: Sequence[Sequence[Record]], damage: Damage, perple
     measured = [damages(grid, perplexity).get(damage) for grid in grids]
     known = [each for each in measured if each is not None]
     if len(known) < len(grids):
-        raise ValueError(f"the runs of {method} have not measured {damage}; draw another damage, or run DEL with a text")
+        raise ValueError(
+            f"the runs of {method} have not measured {damage}; draw another damage, or run DEL with a text"
+        )
     x = [mean_interval(at_share) for at_share in zip(*known, strict=True)]
     y = [mean_interval([-record["self_acc"] for record in at_share]) for at_share in zip(*grids, strict=True)]
     return method_line(

@@ -1,7 +1,7 @@
 """Figures of plotly as files for a paper, without a browser: matplotlib draws them."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib
 import plotly.graph_objects as go
@@ -11,10 +11,10 @@ from memloc_lens.plots.drawing import drawn
 WIDTHS = {1: 3.3, 2: 6.9}
 """Inches of one and of two columns of a paper."""
 
-FORMATS = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+FORMATS: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 """What is written, with what is left out of it, so that the same figure makes the same file."""
 
-SETTINGS = {
+SETTINGS: dict[Any, Any] = {
     "font.size": 7,
     "figure.titlesize": 7,
     "axes.labelsize": 7,
@@ -26,9 +26,6 @@ SETTINGS = {
     "svg.hashsalt": "memloc_lens",
     "pdf.fonttype": 42,
     "text.parse_math": False,
-    "text.usetex": False,
-    "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
 }
 """Text stays text, and `$` a letter."""
 
@@ -56,6 +53,8 @@ def save_figure(figure: go.Figure, path: str | Path, columns: Literal[1, 2] = 1)
         raise ValueError(f"{str(path)!r} ends with {suffix!r}; write a file that ends with {', '.join(FORMATS)}")
     if columns not in WIDTHS:
         raise ValueError(f"columns is {columns!r}; a figure is 1 or 2 columns wide")
-    with matplotlib.rc_context(SETTINGS):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # in the user's style, text may be white
+        matplotlib.rcParams.update(SETTINGS)
         drawing = drawn(figure, WIDTHS[columns])
         drawing.savefig(path, format=suffix[1:], dpi=300, metadata=FORMATS[suffix])
