@@ -6,6 +6,7 @@ from typing import Any, Literal
 import matplotlib
 import plotly.graph_objects as go
 
+from memloc_lens.checks import described
 from memloc_lens.plots.drawing import drawn
 
 WIDTHS = {1: 3.3, 2: 6.9}
@@ -41,13 +42,15 @@ def save_figure(figure: go.Figure, path: str | Path, columns: Literal[1, 2] = 1)
         columns: 1 for 3.3 inches, 2 for 6.9.
 
     Raises:
-        ValueError: if the suffix is another one, or the figure has something that cannot be drawn.
+        ValueError: if the suffix is another one, or the figure is none, or has something that cannot be drawn.
 
     Example:
         >>> save_figure(go.Figure(go.Scatter(x=[1, 2], y=[3, 4])), "line.svg")
         >>> Path("line.svg").read_text().startswith("<?xml")
         True
     """
+    if not isinstance(figure, go.Figure):
+        raise ValueError(f"the figure is {described(figure)}; give a figure of plotly")
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(f"{str(path)!r} ends with {suffix!r}; write a file that ends with {', '.join(FORMATS)}")
