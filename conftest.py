@@ -1,10 +1,11 @@
 """Run the examples of docstrings and the code blocks of Markdown pages as tests.
 
 Examples of docstrings find `model`, `sequence`, everything that `memloc_lens` exports, `torch`, `Path`, and the public
-names of their own module. A Markdown page brings its own imports, so that a reader can copy it. Every file runs in a
-temporary folder.
+names of their own module; those of `plots` and `report` also find small finished runs, `runs/del` and `runs/inj`. A
+Markdown page brings its own imports, so that a reader can copy it. Every file runs in a temporary folder.
 """
 
+import atexit
 import contextlib
 import doctest
 import functools
@@ -14,6 +15,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -50,12 +52,30 @@ def shared_names() -> dict[str, Any]:
     return exported | dict(torch=torch, Path=Path, model=model, sequence=memloc_lens.load_sequences(model)[0])
 
 
+@functools.cache
+def example_runs() -> Path:
+    """Return a folder with a small finished run of each benchmark: `del` and `inj`."""
+    from memloc_lens.benchmarks import deletion, injection
+    from memloc_lens.benchmarks.deletion_settings import DeletionSettings
+    from memloc_lens.benchmarks.injection_settings import InjectionSettings
+
+    runs = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, runs)
+    shared = dict(methods=("activations", "random"), device="cpu")
+    of_del = dict(out=runs / "del", limit=2, negatives=2, controls=1, text_tokens=128, ratios=(0.05, 0.1))
+    deletion.run(DeletionSettings(**shared, **of_del))
+    injection.run(InjectionSettings(**shared, out=runs / "inj", limit=1, ratios=(0.05,)))
+    return runs
+
+
 class DocstringDocument(PythonDocStringDocument):
     """The docstrings of a module, whose examples see its public names and the shared ones."""
 
     def import_document(self, example: Example) -> None:
         """Fill the namespace with public names only."""
         parts = Path(self.path).relative_to(ROOT).with_suffix("").parts
+        if parts[1] in ("plots", "report"):
+            Path("runs").symlink_to(example_runs())
         module = importlib.import_module(".".join(parts).removesuffix(".__init__"))
         public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         self.namespace.update(public | shared_names())

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ from memloc_lens.metrics import (
     teacher_forced,
 )
 from memloc_lens.models import EMBEDDED
+from memloc_lens.plots import frontier_figure, save_figure, score_map
 
 
 class Things:
@@ -287,6 +289,30 @@ for words, wrong in OF_SMALLEST.items():
     CASES[f"smallest_set: {words}"] = (
         words, lambda it, wrong=wrong: smallest_set(it.model, it.sequence, it.scores, **wrong)
     )  # fmt: skip
+CASES |= {
+    "score_map of a list": (
+        r"^scores have the shape \[2, 6, 768\]; those of one sequence are \[layer, neuron\]",
+        lambda it: score_map(torch.rand(2, 6, 768)),
+    ),
+    "score_map of no tensor": ("^scores is of type .*list; a tensor", lambda it: score_map([[1.0]])),
+    "frontier_figure(damage)": (
+        "^damage is 'neg'; it must be one of 'neg_acc', 'ppl'$",
+        lambda it: frontier_figure("run", "neg"),
+    ),
+    "save_figure(columns)": (
+        "^columns is 3; a figure is 1 or 2 columns wide$",
+        lambda it: save_figure(score_map(it.scores), "a.png", columns=3),
+    ),
+    "save_figure(path)": (
+        "^'a.gif' ends with '.gif'; write a file that ends with .png, .svg, .pdf$",
+        lambda it: save_figure(score_map(it.scores), "a.gif"),
+    ),
+    "save_figure of something else": (
+        "^the figure is of type .*Path; give a figure of plotly$",
+        lambda it: save_figure(Path("a.png"), "a.png"),
+    ),
+}
+
 CASES["smallest_set of two sequences"] = (
     "^2 sequences were given; give one, with its scores$",
     lambda it: smallest_set(it.model, [it.sequence] * 2, it.scores),

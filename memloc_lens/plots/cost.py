@@ -6,6 +6,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 
 from memloc_lens.benchmarks.frontier import MAIN, FrontierSettings, compare
+from memloc_lens.plots.frontier import folders
 from memloc_lens.plots.style import error_bars, figure, method_line, style_of
 from memloc_lens.runs.schema import Cells, Interval
 
@@ -13,11 +14,11 @@ LEAST = 0.001
 """Runs record no fewer seconds."""
 
 
-def cost_figure(runs: Sequence[str | Path]) -> go.Figure:
+def cost_figure(runs: str | Path | Sequence[str | Path]) -> go.Figure:
     """Draw what the targets lose at 2 points of damage against the seconds to localize a sequence, a point a method.
 
     Args:
-        runs: folders of finished DEL runs of one model on the same targets and negatives.
+        runs: folders of finished DEL runs of one model on the same targets and negatives, or one folder.
 
     Returns:
         Means over targets with 95% intervals. Less than a millisecond is drawn as one.
@@ -26,11 +27,11 @@ def cost_figure(runs: Sequence[str | Path]) -> go.Figure:
         ValueError: if a folder holds no finished DEL run, or runs do not fit together.
 
     Example:
-        >>> drawn = cost_figure(["runs/del"])
+        >>> drawn = cost_figure("runs/del")
         >>> drawn.layout.xaxis.type
         'log'
     """
-    compared = compare(FrontierSettings(tuple(Path(folder) for folder in runs)))
+    compared = compare(FrontierSettings(folders(runs)))
     return figure(
         [_point(method, found["values"]) for method, found in compared["methods"].items()],
         "Forgetting against time",

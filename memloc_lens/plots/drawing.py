@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
 from numpy import ndarray
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
@@ -32,6 +32,9 @@ PIXEL = 0.5
 
 LINE, LETTER = 0.12, 4.0
 """Inches of a line of a title or of the legend, and points of a letter."""
+
+Places = dict[str, int]
+"""Where the names along an axis are; empty for numbers."""
 
 Entry = tuple[Any, str]
 """A line of the legend: what was drawn, and its name."""
@@ -59,9 +62,10 @@ def drawn(figure: go.Figure, width: float) -> Figure:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     traces = [trace for trace in figure.data if trace.visible in (None, True)]
-    entries = [entry for trace in traces for entry in DRAWN[trace.type](axes, trace, traces)]
-    _set_axis(axes.xaxis, layout.xaxis)
-    _set_axis(axes.yaxis, layout.yaxis)
+    places = {axis: _categories(traces, axis) for axis in ("x", "y")}
+    entries = [entry for trace in traces for entry in DRAWN[trace.type](axes, trace, traces, places)]
+    for axis, names in places.items():
+        _set_axis(axes, axis, layout[f"{axis}axis"], names)
     lines = _set_titles(drawing, layout.title, width)
     if layout.showlegend or (layout.showlegend is None and len(entries) > 1):
         lines += _set_legend(drawing, entries, width)
@@ -106,14 +110,28 @@ def colour_of(colour: Any) -> Any:
     return (red / 255, green / 255, blue / 255, *alpha)
 
 
-def _scatter(axes: Axes, trace: go.Scatter, _: Sequence[Any]) -> list[Entry]:
+def _categories(traces: Sequence[Any], axis: str) -> Places:
+    values = [value for trace in traces if trace[axis] is not None for value in trace[axis]]
+    names = dict.fromkeys(values) if any(isinstance(value, str) for value in values) else {}
+    return {name: place for place, name in enumerate(names)}
+
+
+def _along(trace: Any, axis: str, size: int, places: dict[str, Places]) -> Float[ndarray, " point"]:
+    """Return where the points of a trace are along an axis."""
+    if trace[axis] is not None:
+        return np.array([places[axis].get(value, value) for value in trace[axis]], dtype=float)
+    start, step = (trace[f"{axis}0"], trace[f"d{axis}"])
+    return (start or 0) + (1 if step is None else step) * np.arange(size, dtype=float)
+
+
+def _scatter(axes: Axes, trace: go.Scatter, _: Sequence[Any], places: dict[str, Places]) -> list[Entry]:
     mode = trace.mode or ("lines+markers" if len(trace.y) < 20 else "lines")
     symbol = str(trace.marker.symbol or "circle")
     colour = colour_of(trace.line.color or trace.marker.color)
-    x = range(len(trace.y)) if trace.x is None else trace.x
+    x, y = (_along(trace, axis, len(trace.y), places) for axis in ("x", "y"))
     bars = axes.errorbar(
         x,
-        trace.y,
+        y,
         xerr=_errors(trace.error_x),
         yerr=_errors(trace.error_y),
         color=colour,
@@ -128,14 +146,13 @@ def _scatter(axes: Axes, trace: go.Scatter, _: Sequence[Any]) -> list[Entry]:
     return _entries(trace, bars.lines[0])
 
 
-def _bar(axes: Axes, trace: go.Bar, traces: Sequence[Any]) -> list[Entry]:
+def _bar(axes: Axes, trace: go.Bar, traces: Sequence[Any], places: dict[str, Places]) -> list[Entry]:
     """Draw bars beside those of other traces."""
     beside = [other for other in traces if other.type == "bar"]
     width = 0.8 / len(beside)
     shift = next(place for place, other in enumerate(beside) if other is trace) - (len(beside) - 1) / 2
-    x = range(len(trace.y)) if trace.x is None else trace.x
     bars = axes.bar(
-        [place + shift * width for place in x],
+        _along(trace, "x", len(trace.y), places) + shift * width,
         trace.y,
         width,
         yerr=_errors(trace.error_y),
@@ -145,9 +162,9 @@ def _bar(axes: Axes, trace: go.Bar, traces: Sequence[Any]) -> list[Entry]:
     return _entries(trace, bars)
 
 
-def _heatmap(axes: Axes, trace: go.Heatmap, _: Sequence[Any]) -> list[Entry]:
+def _heatmap(axes: Axes, trace: go.Heatmap, _: Sequence[Any], places: dict[str, Places]) -> list[Entry]:
     values = np.array([[np.nan if value is None else value for value in row] for row in trace.z], dtype=float)
-    x, y = (_centres(trace, axis, size) for axis, size in zip("xy", values.shape[::-1], strict=True))
+    x, y = (_along(trace, axis, size, places) for axis, size in zip("xy", values.shape[::-1], strict=True))
     colours = [(place, colour_of(colour)) for place, colour in trace.colorscale]
     mesh = axes.pcolormesh(
         _edges(x),
@@ -162,12 +179,13 @@ def _heatmap(axes: Axes, trace: go.Heatmap, _: Sequence[Any]) -> list[Entry]:
     bar.outline.set_visible(False)
     for (row, column), value in np.ndenumerate(values) if trace.text is not None else ():
         dark = sum(mesh.cmap(mesh.norm(value))[:3]) < 1.5
-        written = dict(color="white" if dark else "black", ha="center", va="center", fontsize=6)
-        axes.text(x[column], y[row], text_of(trace.text[row][column]), **written)
+        colour = "white" if dark else "black"
+        place = float(x[column]), float(y[row])
+        axes.text(*place, text_of(trace.text[row][column]), color=colour, ha="center", va="center", fontsize=6)
     return []
 
 
-DRAWN: dict[str, Callable[[Axes, Any, Sequence[Any]], list[Entry]]] = {
+DRAWN: dict[str, Callable[[Axes, Any, Sequence[Any], dict[str, Places]], list[Entry]]] = {
     "scatter": _scatter,
     "bar": _bar,
     "heatmap": _heatmap,
@@ -186,23 +204,15 @@ def _errors(bars: Any) -> list[Sequence[float]] | None:
     return [bars.array if bars.symmetric is not False else bars.arrayminus, bars.array]
 
 
-def _centres(trace: go.Heatmap, axis: str, size: int) -> Float[ndarray, " cell"]:
-    if trace[axis] is not None:
-        return np.array(trace[axis], dtype=float)
-    start, step = trace[f"{axis}0"] or 0, trace[f"d{axis}"] or 1
-    return start + step * np.arange(size, dtype=float)
-
-
 def _edges(centres: Float[ndarray, " cell"]) -> Float[ndarray, " edge"]:
     between = (centres[1:] + centres[:-1]) / 2
     first, last = (between[0], between[-1]) if len(between) else (centres[0] + 0.5, centres[0] - 0.5)
     return np.array([2 * centres[0] - first, *between, 2 * centres[-1] - last])
 
 
-def _set_axis(axis: Axis, settings: Any) -> None:
+def _set_axis(axes: Axes, name: str, settings: Any, places: Places) -> None:
     """Give an axis its title, scale, range and labels."""
-    name = axis.axis_name
-    axes = axis.axes
+    axis = getattr(axes, f"{name}axis")
     axis.set_label_text(text_of(settings.title.text))
     if settings.type == "log":
         axes.set(**{f"{name}scale": "log"})
@@ -214,17 +224,24 @@ def _set_axis(axis: Axis, settings: Any) -> None:
         axes.set(**{f"{name}lim": (min(0, getattr(axes, f"get_{name}lim")()[0]), None)})
     if settings.autorange == "reversed":
         axis.set_inverted(True)
-    if settings.tickvals is not None:
-        written = settings.ticktext if settings.ticktext is not None else settings.tickvals
-        axis.set_ticks(settings.tickvals, [text_of(str(label)) for label in written])
-        if settings.tickangle:
-            aslant = dict(ha="right", va="top", rotation_mode="anchor") if settings.tickangle > -90 else {}
-            axis.set_tick_params(rotation=-settings.tickangle)
-            for label in axis.get_ticklabels():
-                label.set(**aslant)
+    _set_ticks(axis, settings, places)
     if settings.showgrid is not False:
         axis.grid(True, color="#dddddd", linewidth=0.4)
         axes.set_axisbelow(True)
+
+
+def _set_ticks(axis: Axis, settings: Any, places: Places) -> None:
+    values = settings.tickvals if settings.tickvals is not None else tuple(places)
+    texts = settings.ticktext if settings.ticktext is not None else values
+    if values:
+        axis.set_ticks([places.get(value, value) for value in values], [text_of(str(text)) for text in texts])
+    elif settings.dtick is not None and settings.type != "log":
+        axis.set_major_locator(MultipleLocator(settings.dtick))
+    if settings.tickangle:
+        axis.set_tick_params(rotation=-settings.tickangle)
+        aslant = dict(ha="right", va="top", rotation_mode="anchor") if settings.tickangle > -90 else {}
+        for label in axis.get_ticklabels():
+            label.set(**aslant)
 
 
 def _set_titles(drawing: Figure, title: Any, width: float) -> int:

@@ -36,14 +36,14 @@ def forgetting_figure(run: str | Path, sequence: str, ratio: float | None = None
     if missing:
         raise ValueError(f"{run} has no probabilities of tokens {_state(missing[0])}; run DEL again in a new folder")
     values = [record["probabilities"] for record in rows.values()]
-    numbers = list(range(1, len(values[0]) + 1))
+    names = list(map(escaped, rows))
     hover = "%{y}, token %{x}: %{z:.3f}<extra></extra>"
     return figure(
-        [heat_map(values, "probability", x=numbers, zmin=0, zmax=1, hovertemplate=hover)],
+        [heat_map(values, "probability", x0=1, y=names, zmin=0, zmax=1, hovertemplate=hover)],
         f"Forgetting of {escaped(sequence)}",
         f"probability of each token of its suffix; {percent(ratio)} dropped",
         x=dict(title="token of the suffix", showgrid=False),
-        y=labels(list(rows)) | dict(title="", autorange="reversed"),
+        y=labels(names) | dict(title="", autorange="reversed"),
         height=210 + 28 * len(rows),
     )
 

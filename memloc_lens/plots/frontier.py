@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import plotly.graph_objects as go
 
-from memloc_lens.benchmarks.frontier import damages, grids_of, perplexity_before
+from memloc_lens.benchmarks.frontier import FrontierSettings, damages, grids_of, perplexity_before
 from memloc_lens.checks import check_choice
 from memloc_lens.plots.style import error_bars, escaped, figure, method_line, percent, style_of
 from memloc_lens.runs.finished import FinishedRun, read_run
@@ -20,11 +20,21 @@ HEADINGS: dict[str, str] = {
 }
 
 
-def frontier_figure(runs: Sequence[str | Path], damage: Damage = "neg_acc") -> go.Figure:
+def folders(runs: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
+    """Return the folders of one or more runs.
+
+    Raises:
+        ValueError: if there are none, or one is named twice.
+    """
+    one = isinstance(runs, str | Path)
+    return FrontierSettings(tuple(map(Path, [runs] if one else runs))).runs
+
+
+def frontier_figure(runs: str | Path | Sequence[str | Path], damage: Damage = "neg_acc") -> go.Figure:
     """Draw what the targets lose against the damage, one line a method, one point a share.
 
     Args:
-        runs: folders of finished DEL runs of one model on the same targets and negatives.
+        runs: folders of finished DEL runs of one model on the same targets and negatives, or one folder.
         damage: what the other memorized sequences lose, in points; or the rise of the perplexity, in percent of what it
             was.
 
@@ -35,14 +45,12 @@ def frontier_figure(runs: Sequence[str | Path], damage: Damage = "neg_acc") -> g
         ValueError: if a folder holds no finished DEL run, runs do not fit together, or one has not measured the damage.
 
     Example:
-        >>> drawn = frontier_figure(["runs/del"])
+        >>> drawn = frontier_figure("runs/del")
         >>> [line.name for line in drawn.data]
         ['activations', 'random']
     """
     check_choice("damage", damage, get_args(Damage))
-    if not runs:
-        raise ValueError("no run was given; give the folders of finished DEL runs")
-    finished = [read_run(Path(folder), "del") for folder in runs]
+    finished = [read_run(folder, "del") for folder in folders(runs)]
     grids = grids_of(finished)
     perplexity = perplexity_before(finished[0])
     traces = [_line(method, of_targets, damage, perplexity) for method, of_targets in grids.items()]

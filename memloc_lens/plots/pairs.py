@@ -1,6 +1,5 @@
 """Heat maps of pairs: what a target's components cost each sequence, and how alike the sets of two methods are."""
 
-import math
 from pathlib import Path
 from statistics import fmean
 
@@ -42,14 +41,15 @@ def confusion_figure(run: str | Path, method: str | None = None, ratio: float | 
     if None in changes.values():
         raise ValueError(f"the records of {run} do not tell sequences apart; run DEL again in a new folder")
     columns = list(dict.fromkeys([*changes, *(id for row in changes.values() for id in row or ())]))
+    x, y = list(map(escaped, columns)), list(map(escaped, changes))
     values = [[-row[id] if id in row else None for id in columns] for row in changes.values() if row is not None]
     hover = "%{y} dropped: %{x} loses %{z:.1f}<extra></extra>"
     return figure(
-        [heat_map(values, "accuracy lost (points)", hovertemplate=hover)],
+        [heat_map(values, "points lost", x=x, y=y, hovertemplate=hover)],
         f"What {escaped(method)} costs each sequence",
         f"{percent(ratio)} of the {component_of(finished.config.get('component', 'neuron')).plural} dropped",
-        x=labels(columns) | dict(title="sequence", tickangle=-90),
-        y=labels(list(changes)) | dict(title="target", autorange="reversed"),
+        x=labels(x) | dict(title="sequence", tickangle=-90),
+        y=labels(y) | dict(title="target", autorange="reversed"),
         height=AROUND + 60 + CELL * min(len(changes), 40),
     )
 
@@ -90,18 +90,14 @@ def overlap_figure(run: str | Path, ratio: float | None = None) -> go.Figure:
         [100 * fmean(here.overlap(there) for here, there in zip(row, column, strict=True)) for column in sets]
         for row in sets
     ]
-    plural = component_of(finished.config["component"]).plural
+    plural, names = component_of(finished.config["component"]).plural, list(map(escaped, methods))
     hover = "%{y} and %{x}: %{z:.1f}%<extra></extra>"
     return figure(
-        [heat_map(values, "overlap (%)", zmin=0, zmax=100, text=_whole(values), texttemplate="%{text}",
-                  hovertemplate=hover)],
+        [heat_map(values, "overlap (%)", x=names, y=names, zmin=0, zmax=100, texttemplate="%{text}",
+                  text=[[f"{value:.0f}" for value in row] for row in values], hovertemplate=hover)],
         f"Overlap of the {plural} that two methods locate",
         f"Jaccard, {percent(ratio)} of the {plural}, mean of {targets} sequences",
-        x=labels(methods) | dict(title="", tickangle=-45),
-        y=labels(methods) | dict(title="", autorange="reversed"),
+        x=labels(names) | dict(title="", tickangle=-45),
+        y=labels(names) | dict(title="", autorange="reversed"),
         height=AROUND + 100 + 2 * CELL * len(methods),
     )  # fmt: skip
-
-
-def _whole(values: list[list[float]]) -> list[list[str]]:
-    return [["" if math.isnan(value) else f"{value:.0f}" for value in row] for row in values]

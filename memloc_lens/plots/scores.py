@@ -43,7 +43,7 @@ def score_map(scores: Float[Tensor, "layer neuron"]) -> go.Figure:
     values = [[value if math.isfinite(value) else None for value in row] for row in binned.tolist()]
     shared = f"; a column is the highest of {together} neighbours" if together > 1 else ""
     return figure(
-        [heat_map(values, "score", x0=(together - 1) / 2, dx=together, xgap=0, hovertemplate=_hover(together))],
+        [heat_map(values, "score", x0=(together - 1) / 2, dx=together, hovertemplate=_hover(together))],
         "Scores",
         f"{layers} layers of {width}{shared}",
         x=dict(title="index in the layer", showgrid=False),

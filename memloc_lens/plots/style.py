@@ -1,6 +1,7 @@
 """How all figures look: one colour, marker and dash a method, and what titles, axes and heat maps have in common."""
 
 import html
+import re
 import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from memloc_lens.localizers import FURTHER, LOCALIZERS, WRAPPERS
 from memloc_lens.runs.schema import Interval
 from memloc_lens.runs.visible import visible
 
-INK, LINES, CLEAR = "#777777", "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
+INK, LINES, CLEAR = "#808080", "rgba(128, 128, 128, 0.25)", "rgba(0, 0, 0, 0)"
 """Grey that reads on white and on black, of text and of lines, and what is not painted."""
 
 COLOURS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#8C564B", "#0072B2", "#D55E00", "#B8A91D", "#999999")
@@ -66,8 +67,9 @@ def escaped(text: object) -> str:
 
 
 def shortened(text: str) -> str:
-    """Return a label of at most 24 letters, escaped."""
-    return escaped(text if len(text) <= LETTERS else f"{text[: LETTERS - 1]}…")
+    """Return an escaped label with at most 24 letters of it."""
+    letters = re.findall(r"&[^;]*;|.", text)
+    return text if len(letters) <= LETTERS else f"{''.join(letters[: LETTERS - 1])}…"
 
 
 def percent(share: float) -> str:
@@ -118,22 +120,22 @@ def heat_map(values: Sequence[Sequence[float | None]], unit: str, **others: Any)
     """Return a heat map in colours that also read in grey; None leaves a cell empty.
 
     Args:
-        values: rows from the top.
+        values: row by row.
         unit: what the colours mean.
-        others: of `go.Heatmap`.
+        others: of `go.Heatmap`; `x` and `y` are numbers, or names that are escaped already.
     """
+    gap = 1 if max(len(values), len(values[0])) <= 2 * LABELS else 0
     return go.Heatmap(
         z=values,
-        **dict(colorscale="Viridis", xgap=1, ygap=1) | others,
+        **dict(colorscale="Viridis", xgap=gap, ygap=gap) | others,
         colorbar=dict(title=dict(text=unit, side="right"), outlinewidth=0, thickness=14),
     )
 
 
 def labels(names: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of an axis of a heat map whose rows or columns have names; of many names some are left out."""
-    every = -(-len(names) // LABELS)
-    places = list(range(0, len(names), every))
-    return dict(tickvals=places, ticktext=[shortened(names[place]) for place in places], showgrid=False)
+    """Return the settings of an axis with escaped names: long ones are cut, and of many some are left out."""
+    shown = names[:: -(-len(names) // LABELS)]
+    return dict(type="category", tickvals=shown, ticktext=[shortened(name) for name in shown], showgrid=False)
 
 
 def figure(

@@ -30,8 +30,28 @@ def test_records_of_methods_and_their_order(whole_del: DeletionSettings):
     assert run.scores("random", 2)["scores"].shape == (1, 3, 128)
 
 
+def test_the_state_before(run):
+    lines = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    before = [line for line in lines if line["method"] == BEFORE]
+    assert read_run(run, "del").before == {record["sequence"]: record for record in before}
+    assert len(before) == 3
+    lines[0]["self_acc"] += 1
+    assert lines[0]["method"] == BEFORE
+    write_lines(run / "records.jsonl", lines)
+    with pytest.raises(ValueError, match="line 1: its values are not those that were written"):
+        read_run(run, "del")
+
+
+def test_methods(whole_del):
+    run = read_run(whole_del.out, "del")
+    assert run.check_method("random") == "random"
+    with pytest.raises(ValueError, match="whole has no method 'other'; it has hard-concrete, slimming"):
+        run.check_method("other")
+
+
 def test_injections_are_left_out(whole_inj):
     run = read_run(whole_inj.out, "inj")
+    assert run.before == {}
     assert len(run.records) == len([r for r in records_of(whole_inj.out) if r["method"] != INJECTION])
     assert INJECTION not in run.methods
     assert run.ratios == [0.2]  # at 1% every injection failed
