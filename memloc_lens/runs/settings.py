@@ -29,7 +29,7 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 NOT_IDENTITY = (
     *("out", "config", "memory", "methods", "limit", "context", "context_sequences"),
-    *("until", "until_limit", "until_samples", "prompts"),
+    *("until", "until_limit", "until_samples", "prompts", "quiet"),
 )
 """Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
 
@@ -58,6 +58,7 @@ class RunSettings:
         context_sequences: Number of other memorized sequences that they read: those of the split "dev", then of the
             others the last that are neither targets nor measured. Default: 96 with the embedded model's sequences,
             or as many as there are; 0 with other data.
+        quiet: Show no progress bars, neither of the run nor of the libraries.
         methods: Localizers to compare, by name or with their settings. Default: all that can score the component.
     """
 
@@ -78,6 +79,7 @@ class RunSettings:
     bos: bool | None = None
     context: Path | None = None
     context_sequences: int | None = None
+    quiet: bool = False
     methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
