@@ -91,6 +91,7 @@ def in_temporary_folder(namespace: dict[str, Any]) -> None:
     contexts.enter_context(patch.object(sys, "path", [folder, *sys.path]))
     contexts.callback(forget_modules, folder)
     contexts.enter_context(patch.dict("memloc_lens.data.readers.READERS"))
+    contexts.enter_context(patch.dict("memloc_lens.runs.trackers.TRACKERS"))
     (Path(folder) / "benchmarks").symlink_to(ROOT / "benchmarks")
 
 

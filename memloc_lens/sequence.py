@@ -13,9 +13,12 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_text, described
+from memloc_lens.markup import Html, escaped
 
 Tokens = Integer[Tensor, " pos"] | Integer[np.ndarray, " pos"] | Sequence[SupportsIndex]
 """What a sequence can be made from."""
+MOST = 120  # characters of an id, and of subjects, that a notebook shows
+BLANKS = "\n\t"
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -125,6 +128,35 @@ class MemorizedSequence:
         """Decode prompt and suffix."""
         return decode(model, self.tokens)
 
+    def show(self, model: HookedTransformer) -> Html:
+        """Return the text for a notebook, with the prompt and the suffix told apart.
+
+        Args:
+            model: whose tokenizer decodes the tokens.
+
+        Raises:
+            ValueError: if the model has no tokenizer.
+
+        Example:
+            >>> page = sequence.show(model)
+        """
+        check_model(model)
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer to write the tokens with; the sequence itself shows their ids")
+        return Html(self._page(decode(model, self.prompt[0]), decode(model, self.suffix)))
+
+    def _repr_html_(self) -> str:
+        """Return the token ids for a notebook, with those of the prompt and of the suffix told apart."""
+        return self._page(*(" ".join(map(str, part.tolist())) for part in (self.prompt[0], self.suffix)))
+
+    def _page(self, prompt: str, suffix: str) -> str:
+        category = f", category {escaped(', '.join(self.category), MOST)}" if self.category else ""
+        return (
+            f"<div>sequence <b>{escaped(self.id or 'without id', MOST)}</b>{category}</div>"
+            + _part("prompt", self.prompt_len, prompt, "transparent")
+            + _part("suffix", len(self.suffix), suffix, "rgba(255, 140, 0, .25)")  # on light and on dark pages
+        )
+
     def check_fits(self, model: HookedTransformer) -> None:
         """Refuse a sequence that the model cannot read.
 
@@ -141,6 +173,15 @@ class MemorizedSequence:
                 f"sequence {self.id!r} has tokens from {int(self.tokens.min())} to {int(self.tokens.max())}, and the "
                 f"model knows 0 to {model.cfg.d_vocab - 1}; was it made with another tokenizer?"
             )
+
+
+def _part(label: str, count: int, text: str, colour: str) -> str:
+    """Return a part of a sequence as HTML."""
+    return (
+        f'<div style="display:flex;gap:1em"><small style="flex:0 0 9em">{label}, {count} tokens</small>'
+        f'<span style="white-space:pre-wrap;overflow-wrap:anywhere;background:{colour}">{escaped(text, keep=BLANKS)}'
+        "</span></div>"
+    )
 
 
 def begins_with_bos(model: HookedTransformer, bos: bool | None) -> bool:

@@ -49,6 +49,7 @@ from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threa
 from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
 from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import checked_scores, name_of, reads_context
+from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import KEY, foreign, lacks
 from memloc_lens.runs.schema import BEFORE, DeletionSummary, Published, Record
 from memloc_lens.runs.scores import kept_scores, origin, score_file
@@ -64,6 +65,7 @@ def main() -> None:
     run_command(benchmark_parser(DeletionSettings, "python -m memloc_lens.benchmarks.del", __doc__), run, show)
 
 
+@may_be_quiet
 def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
     """Run the benchmark, or what is left of it, and return its summary.
 
@@ -170,6 +172,7 @@ def check_ratios(settings: DeletionSettings, model: HookedTransformer) -> None:
         count_of(ratio, total, plural=component.plural)
 
 
+@may_be_quiet
 def load_material(settings: DeletionSettings) -> Material:
     """Load everything that a run reads.
 

@@ -42,6 +42,7 @@ from memloc_lens.runs.command_line import benchmark_parser, published, run_comma
 from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
 from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, name_of
+from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import foreign, lacks
 from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSummary, Record, TuningSummary
 from memloc_lens.runs.scores import kept_scores, origin, score_file
@@ -80,6 +81,7 @@ def main() -> None:
     run_command(benchmark_parser(InjectionSettings, "python -m memloc_lens.benchmarks.inj", __doc__), run, show)
 
 
+@may_be_quiet
 def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummary | TuningSummary:
     """Run the benchmark, or what is left of it, and return its summary.
 
@@ -129,6 +131,7 @@ def _with_context(settings: InjectionSettings, material: Material) -> InjectionS
     return with_context(settings, material.model, memorized[::-1], material.texts)
 
 
+@may_be_quiet
 def load_material(settings: InjectionSettings) -> Material:
     """Load everything that a run reads.
 

@@ -40,6 +40,7 @@ from memloc_lens.models import check_device
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
+from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.schema import Record
 from memloc_lens.runs.visible import plain
 from memloc_lens.sequence import MemorizedSequence
@@ -60,6 +61,7 @@ class RolesSettings:
         ratio: Ratio of the run. Default: its largest.
         text: Other text: a text file, or JSON lines with "text". Default: held-out text of the embedded model.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        quiet: Show no progress bars, neither of the run nor of the libraries.
         out: JSON file to write the result to.
     """
 
@@ -67,6 +69,7 @@ class RolesSettings:
     ratio: float | None = None
     text: Path | None = None
     device: str | None = None
+    quiet: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -86,6 +89,7 @@ def main() -> None:
     run_command(parser(RolesSettings, "python -m memloc_lens.benchmarks.roles", __doc__), analyse, show)
 
 
+@may_be_quiet
 def analyse(settings: RolesSettings, engine: Engine = serial) -> dict[str, Roles]:
     """Tell what the neurons do that the methods of a DEL run have located.
 

@@ -38,6 +38,7 @@ from memloc_lens.models import check_device
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run
 from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
+from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.schema import Record
 from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import MemorizedSequence, decode
@@ -58,6 +59,7 @@ class SpecificitySettings:
         shared: Number of components to list, those that most sequences share.
         tokens: Number of tokens to show for each neuron, those on which it fires most.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        quiet: Show no progress bars, neither of the run nor of the libraries.
         out: JSON file to write all methods' results to.
     """
 
@@ -67,6 +69,7 @@ class SpecificitySettings:
     shared: int = 5
     tokens: int = 6
     device: str | None = None
+    quiet: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
@@ -123,6 +126,7 @@ def main() -> None:
     run_command(parser(SpecificitySettings, "python -m memloc_lens.benchmarks.specificity", __doc__), analyse, show)
 
 
+@may_be_quiet
 def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specificity:
     """Measure the specificity of every method of a DEL run at one ratio.
 

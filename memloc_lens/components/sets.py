@@ -15,6 +15,8 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_tensor
 from memloc_lens.components.kinds import NEURONS, Component, check_component, component_of
+from memloc_lens.components.strip import binned, strip, units_of_column
+from memloc_lens.markup import escaped
 
 SomeSet = TypeVar("SomeSet", bound="ComponentSet")
 
@@ -120,6 +122,14 @@ class ComponentSet:
         layers = [index for index, count in enumerate(counts) if count]
         where = f" in layers {layers[0]} to {layers[-1]}" if layers else ""
         return f"<{sum(counts)} of {int(np.prod(self.shape))} {self.component.plural}{where}>"
+
+    def _repr_html_(self) -> str:
+        """Return a strip of the layers for notebooks: marks where members are, and counts."""
+        width = int(np.prod(self.shape[1:]))
+        layers = [binned(np.unpackbits(bits, count=width).view(bool)) for bits in self._bits]
+        told, each = repr(self).strip("<>"), units_of_column(width)
+        note = f"; a column is {each} {self.component.plural}" if each > 1 else ""
+        return f"<div>{escaped(told + note)}</div>{strip(layers, self.counts(), told)}"
 
     def overlap(self, other: "ComponentSet") -> float:
         """Return the number of components in both sets over those in either (Jaccard index); 0 for two empty sets."""

@@ -34,6 +34,7 @@ from memloc_lens.data.search import Search, begin, digest_of, generate, scan
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.folder import resuming
 from memloc_lens.runs.jobs import Engine, serial
+from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos, decode
 
@@ -43,6 +44,7 @@ def main() -> None:
     run_command(parser(FindSettings, "python -m memloc_lens.data.find", __doc__), run, show)
 
 
+@may_be_quiet
 def run(settings: FindSettings, engine: Engine = serial) -> Report:
     """Search the corpus, or what is left of it, and write `sequences.jsonl` and `report.json`.
 

@@ -10,6 +10,7 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.models import EMBEDDED, check_device, load_model
+from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import Precision
 
 Split = Literal["guessable", "dev", "test"]
@@ -46,6 +47,7 @@ class FindSettings:
         dtype: Precision of weights and computation.
         bos: Put a beginning-of-sequence token before every window; `prompt` does not count it. Default: what the
             model's tokenizer is configured to do.
+        quiet: Show no progress bars, neither of the run nor of the libraries.
     """
 
     corpus: tuple[str, ...]
@@ -66,6 +68,7 @@ class FindSettings:
     device: str | None = None
     dtype: Precision = "float32"
     bos: bool | None = None
+    quiet: bool = False
 
     def __post_init__(self) -> None:
         if not self.corpus:
@@ -92,6 +95,7 @@ class FindSettings:
         """Number of tokens in a window."""
         return self.prompt + self.suffix
 
+    @may_be_quiet
     def load_model(self) -> HookedTransformer:
         """Load the model of the run."""
         return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))

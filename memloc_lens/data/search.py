@@ -43,7 +43,7 @@ MEASURED = {
 }
 """What a record of another step has of each window."""
 
-NOT_IDENTITY = ("out", "names", "limit")
+NOT_IDENTITY = ("out", "names", "limit", "quiet")
 """Settings that may differ between two runs in one folder; the windows that they lead to are compared."""
 
 

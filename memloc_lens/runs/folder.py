@@ -20,6 +20,7 @@ from memloc_lens.runs.lock import lock
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.records import KEY, SEAL, Problem, broken_seal, read_records, read_table, sealed, why_unusable
 from memloc_lens.runs.schema import Record, Summary
+from memloc_lens.runs.trackers import Tracker
 
 TABLES = ("methods", "windows", "smallest_sets")
 """Parts of a configuration that a later run may add entries to."""
@@ -74,7 +75,8 @@ class RunFolder(InMemory):
         wanted: dict[str, Any] = json.loads(json.dumps(config, default=str))
         with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(path)
+            self._open = ExitStack()
+            self._open.callback(lock(path).release)
             try:
                 self.config = self._configured(wanted, free)
                 self.records: list[Record] = self._recover(problem)
@@ -83,16 +85,25 @@ class RunFolder(InMemory):
                 raise
         for record in self.records:
             super().append(record)
+        self._tracker: Tracker | None = None
 
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     def close(self) -> None:
         """Let other processes use the folder."""
-        self._lock.release()
+        self._open.close()
+
+    def track(self, name: str) -> None:
+        """Log what is added from now on to a tracker of `TRACKERS`, until the folder is closed.
+
+        Raises:
+            ValueError: if the tracker cannot be opened.
+        """
+        self._tracker = self._open.enter_context(Tracker(name, self.path, self.config))
 
     def append(self, record: Record) -> None:
         """Add a record; it is on the disk before this returns.
@@ -110,6 +121,8 @@ class RunFolder(InMemory):
             os.fsync(file.fileno())
         self.records.append(record)
         super().append(record)
+        if self._tracker:
+            self._tracker(record, len(self.records))
 
     def write_summary(self, summary: Summary) -> None:
         """Write `summary.json`."""

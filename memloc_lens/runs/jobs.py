@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from memloc_lens.runs.schema import Key, Record
 

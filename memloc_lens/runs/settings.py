@@ -23,15 +23,16 @@ from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.folder import PLACES, RunFolder
 from memloc_lens.runs.methods import AnyLocalizer, Method, configured, default_methods, name_of, resolve, settings_of
 from memloc_lens.runs.records import Problem
+from memloc_lens.runs.trackers import check_tracker
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 NOT_IDENTITY = (
     *("out", "config", "memory", "methods", "limit", "context", "context_sequences"),
-    *("until", "until_limit", "until_samples", "prompts"),
+    *("until", "until_limit", "until_samples", "prompts", "quiet", "tracker"),
 )
-"""Settings that may differ between two runs in one folder; what they decide is recorded in other ways."""
+"""Settings that may differ between two runs in one folder; what they decide of records is recorded in other ways."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class RunSettings:
         context_sequences: Number of other memorized sequences that they read: those of the split "dev", then of the
             others the last that are neither targets nor measured. Default: 96 with the embedded model's sequences,
             or as many as there are; 0 with other data.
+        quiet: Show no progress bars, neither of the run nor of the libraries.
+        tracker: Also log every record as it is written: wandb or tensorboard.
         methods: Localizers to compare, by name or with their settings. Default: all that can score the component.
     """
 
@@ -78,6 +81,8 @@ class RunSettings:
     bos: bool | None = None
     context: Path | None = None
     context_sequences: int | None = None
+    quiet: bool = False
+    tracker: str | None = None
     methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
@@ -88,6 +93,8 @@ class RunSettings:
         check_number("seed", self.seed, whole=True)
         if self.context_sequences is not None:
             check_number("context_sequences", self.context_sequences, least=0, whole=True)
+        if self.tracker is not None:
+            check_tracker(self.tracker)
         for ratio in self.ratios:
             check_number("the ratio", ratio, above=0, most=1)
         if len(set(self.ratios)) < len(self.ratios):
@@ -134,8 +141,8 @@ def open_folder(
         further: parts of the configuration beside the settings.
 
     Raises:
-        ValueError: if weights are NaN or infinite, the folder is in use or belongs to another configuration, or its
-            disk has too little free space.
+        ValueError: if weights are NaN or infinite, the folder is in use or belongs to another configuration, its disk
+            has too little free space, or the tracker cannot be opened.
     """
     own = {name: value for name, value in vars(settings).items() if name not in NOT_IDENTITY}
     config = {
@@ -149,15 +156,24 @@ def open_folder(
         **(further or {}),
     }
     folder = RunFolder(settings.out, config, free=PLACES, problem=problem)
+    try:
+        _check_space(settings, model, records)
+        if settings.tracker:
+            folder.track(settings.tracker)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _check_space(settings: RunSettings, model: HookedTransformer, records: int) -> None:
     needed = records * (4 * prod(component_of(settings.component).shape(model)) + 2000)
     free = shutil.disk_usage(settings.out).free
     if free < needed:
-        folder.close()
         raise ValueError(
             f"the run needs about {needed / 2**20:.0f} MiB and the disk of {settings.out} has {free / 2**20:.0f} free; "
             "choose another --out"
         )
-    return folder
 
 
 def identities(sequences: Sequence[MemorizedSequence]) -> list[list[str]]:
