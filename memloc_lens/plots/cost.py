@@ -36,7 +36,7 @@ def cost_figure(runs: str | Path | Sequence[str | Path]) -> go.Figure:
         [_point(method, found["values"]) for method, found in compared["methods"].items()],
         "Forgetting against time",
         f"mean of {len(compared['sequences'])} sequences, 95% intervals; at 2 points of Neg-Acc",
-        x=dict(title="time to localize a sequence (seconds)", type="log", dtick=1),
+        x=dict(title="time to localize a sequence (seconds)", type="log"),
         y=dict(title="Self-Acc lost (points)", rangemode="tozero"),
     )
 

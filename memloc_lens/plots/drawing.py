@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MultipleLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MultipleLocator, NullFormatter
 from numpy import ndarray
 
 DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (8, 3))}
@@ -233,9 +233,12 @@ def _set_axis(axes: Axes, name: str, settings: Any, places: Places) -> None:
 def _set_ticks(axis: Axis, settings: Any, places: Places) -> None:
     values = settings.tickvals if settings.tickvals is not None else tuple(places)
     texts = settings.ticktext if settings.ticktext is not None else values
-    if values:
+    if settings.tickvals is not None or places:
         axis.set_ticks([places.get(value, value) for value in values], [text_of(str(text)) for text in texts])
-    elif settings.dtick is not None and settings.type != "log":
+    elif settings.type == "log":
+        low, high = sorted(axis.get_view_interval())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    elif settings.dtick is not None:
         axis.set_major_locator(MultipleLocator(settings.dtick))
     if settings.tickangle:
         axis.set_tick_params(rotation=-settings.tickangle)

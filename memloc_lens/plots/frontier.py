@@ -26,8 +26,8 @@ def folders(runs: str | Path | Sequence[str | Path]) -> tuple[Path, ...]:
     Raises:
         ValueError: if there are none, or one is named twice.
     """
-    one = isinstance(runs, str | Path)
-    return FrontierSettings(tuple(map(Path, [runs] if one else runs))).runs
+    each = [runs] if isinstance(runs, str | Path) else runs
+    return FrontierSettings(tuple(map(Path, each))).runs
 
 
 def frontier_figure(runs: str | Path | Sequence[str | Path], damage: Damage = "neg_acc") -> go.Figure:

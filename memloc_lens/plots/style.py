@@ -104,12 +104,12 @@ def method_line(method: str, x: Sequence[float], y: Sequence[Interval], **others
 
 
 def error_bars(points: Sequence[Interval], colour: str) -> dict[str, Any]:
-    """Return 95% intervals as error bars of plotly."""
+    """Return 95% intervals as error bars of plotly; of few skewed values, one may not hold the mean."""
     return dict(
         type="data",
         symmetric=False,
-        array=[point["high"] - point["mean"] for point in points],
-        arrayminus=[point["mean"] - point["low"] for point in points],
+        array=[max(point["high"] - point["mean"], 0) for point in points],
+        arrayminus=[max(point["mean"] - point["low"], 0) for point in points],
         color=colour,
         thickness=1,
         width=3,

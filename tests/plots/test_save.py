@@ -124,6 +124,19 @@ def test_a_range_and_steps_of_an_axis():
     assert set(np.diff(axes.get_yticks())) == {0.5}
 
 
+@pytest.mark.parametrize(("values", "wanted"), [
+    ([0.3, 3], {"0.5", "1", "2"}),
+    ([0.002, 0.9], {"0.01", "0.1"}),
+    ([3, 40_000], {"10", "100", "1000", "10000"}),
+])  # fmt: skip
+def test_numbers_along_a_log_axis(values, wanted):
+    save_figure(
+        go.Figure(go.Scatter(x=values, y=[1, 1]), dict(xaxis=dict(type="log"), yaxis=dict(tickvals=[]))), "a.svg"
+    )
+    shown = {text for text in texts("a.svg") if min(values) <= float(text) <= max(values)}
+    assert shown == wanted
+
+
 def test_nothing_else_of_matplotlib_changes(two_lines):
     save_figure(two_lines, "before.svg")
     with matplotlib.rc_context():

@@ -3,7 +3,7 @@ import string
 
 from memloc_lens import LOCALIZERS
 from memloc_lens.localizers import FURTHER
-from memloc_lens.plots.style import LETTERS, PLACES, heat_map, labels, shortened, style_of
+from memloc_lens.plots.style import LETTERS, PLACES, error_bars, heat_map, labels, shortened, style_of
 
 
 def test_methods_of_the_package_look_different():
@@ -49,3 +49,8 @@ def test_labels_are_cut_and_thinned():
 def test_cells_of_large_heat_maps_touch():
     assert heat_map([[1.0] * 20] * 20, "points").xgap == 1
     assert heat_map([[1.0] * 200] * 20, "points").xgap == 0
+
+
+def test_an_interval_beside_its_mean_has_no_bar_on_that_side():
+    bars = error_bars([{"mean": 1.0, "low": 1.5, "high": 4.0, "n": 3}], "red")
+    assert (bars["arrayminus"], bars["array"]) == ([0], [3.0])
