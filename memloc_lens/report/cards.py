@@ -13,6 +13,9 @@ from memloc_lens.runs.schema import Record
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, decode
 
+LONGEST = 200
+"""Characters of a name."""
+
 BLANKS = "\n\t"
 """Control characters that a page shows as they are."""
 
@@ -44,8 +47,8 @@ def _card(
 ) -> dict[str, Any]:
     texts = [_text(model, token[None]) for token in target.tokens]
     return {
-        "id": visible(target.id),
-        "category": ", ".join(map(visible, target.category)),
+        "id": label(target.id),
+        "category": label(", ".join(target.category)),
         "prompt": texts[: target.prompt_len],
         "suffix": texts[target.prompt_len :],
         "before": _state(model, target, before),
@@ -63,6 +66,17 @@ def _state(model: HookedTransformer, target: MemorizedSequence, record: Record) 
         "written": written,
         "wrong": differing(written, _text(model, target.suffix)),
     }
+
+
+def label(text: str) -> str:
+    """Return a name as a page shows it: control characters visible, and no longer than a line or two.
+
+    Example:
+        >>> from memloc_lens.report.cards import label
+        >>> label("a" * 1000)[-2:], len(label("a" * 1000))
+        ('a…', 201)
+    """
+    return visible(text) if len(text) <= LONGEST else f"{visible(text[:LONGEST])}…"
 
 
 def differing(written: str, wanted: str) -> list[list[int]]:

@@ -16,6 +16,7 @@ from memloc_lens.components import NEURONS, post
 from memloc_lens.data import load_texts
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.metrics import text_rows
+from memloc_lens.report.cards import label
 from memloc_lens.runs.finished import FinishedRun
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, decode
@@ -109,7 +110,7 @@ def _most_named(run: FinishedRun, targets: Sequence[MemorizedSequence], ratio: f
         if method not in BASELINES:
             for target, members in zip(targets, located_sets(run, method, ratio, len(targets)), strict=True):
                 for index in members.indices():
-                    named[index][method].append(visible(target.id))
+                    named[index][method].append(label(target.id))
     often = sorted(named, key=lambda index: (-sum(map(len, named[index].values())), index))
     return [NeuronCard(layer, neuron, dict(named[layer, neuron])) for layer, neuron in often[:count]]
 
@@ -167,7 +168,7 @@ def _firing(model: HookedTransformer, sequence: MemorizedSequence, at: int, acti
         _text(model, tokens[at : at + 1]),
         _text(model, tokens[at + 1 : at + 1 + AROUND]),
         activation,
-        visible(sequence.id),
+        label(sequence.id),
     )
 
 
