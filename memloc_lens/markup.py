@@ -1,7 +1,7 @@
 """Text of unknown origin (ids, categories, tokens) as it is written, and HTML for notebooks."""
 
 import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from unicodedata import category
 
 OBEYED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -54,11 +54,11 @@ class Html:
         markup: with text of unknown origin escaped.
 
     Example:
-        >>> Html(f"<b>{escaped('x < y')}</b>")
-        Html(markup='<b>x &lt; y</b>')
+        >>> Html(f"<b>{escaped('x < y')}</b>").markup
+        '<b>x &lt; y</b>'
     """
 
-    markup: str
+    markup: str = field(repr=False)  # a console shows the name alone
 
     def _repr_html_(self) -> str:
         return self.markup
