@@ -11,6 +11,7 @@ COMMANDS = {
     "specificity": ("memloc_lens.benchmarks.specificity", "analyse whether located components are specific"),
     "roles": ("memloc_lens.benchmarks.roles", "tell what located neurons do"),
     "frontier": ("memloc_lens.benchmarks.frontier", "compare methods of DEL runs at equal damage"),
+    "report": ("memloc_lens.report.command", "write a page about runs, with pictures, to read in a browser"),
 }
 """The module of each command, whose `main` runs it, and what it does."""
 

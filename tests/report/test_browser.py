@@ -126,7 +126,7 @@ def test_pictures_are_drawn_and_have_their_numbers(page):
         place.scroll_into_view_if_needed()
         place.locator("svg.main-svg").first.wait_for()
         assert len(place.get_attribute("aria-label")) > 40
-    assert places.count() == 8  # without a text there is no perplexity
+    assert places.count() == 7  # without a text there is no perplexity
     box = page.locator("figure details").first
     box.locator("summary").focus()
     page.keyboard.press("Enter")
