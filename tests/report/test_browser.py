@@ -137,7 +137,7 @@ def test_pictures_are_drawn_and_have_their_numbers(page):
 def test_a_narrow_window_holds_the_page(page, scheme):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size({"width": 390, "height": 844})
-    for summary in page.locator(".sequence summary").all():
+    for summary in page.locator(".sequence > summary").all():
         summary.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     paper, ink = (page.evaluate(f"getComputedStyle(document.body).{name}") for name in ("backgroundColor", "color"))
