@@ -25,7 +25,7 @@ NAMES = (*LOCALIZERS, *FURTHER)
 PLACES = (*NAMES, *(f"{wrapper}-{name}" for wrapper in WRAPPERS for name in NAMES))
 """The methods of the package, whose places decide what they look like."""
 
-LABELS, LETTERS = 40, 24
+LABELS, LETTERS = 20, 24
 """The most labels beside a heat map, and the most letters of one."""
 
 
@@ -124,7 +124,7 @@ def heat_map(values: Sequence[Sequence[float | None]], unit: str, **others: Any)
         unit: what the colours mean.
         others: of `go.Heatmap`; `x` and `y` are numbers, or names that are escaped already.
     """
-    gap = 1 if max(len(values), len(values[0])) <= 2 * LABELS else 0
+    gap = 1 if max(len(values), len(values[0])) <= 4 * LABELS else 0
     return go.Heatmap(
         z=values,
         **dict(colorscale="Viridis", xgap=gap, ygap=gap) | others,

@@ -43,7 +43,7 @@ def test_labels_are_cut_and_thinned():
     assert shortened("a" * LETTERS) == "a" * LETTERS
     assert shortened("&lt;" * (LETTERS + 1)) == "&lt;" * (LETTERS - 1) + "…"
     axis = labels([f"s{index}" for index in range(100)])
-    assert axis["tickvals"] == axis["ticktext"] == [f"s{index}" for index in range(0, 100, 3)]
+    assert axis["tickvals"] == axis["ticktext"] == [f"s{index}" for index in range(0, 100, 5)]
 
 
 def test_cells_of_large_heat_maps_touch():
