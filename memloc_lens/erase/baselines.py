@@ -166,7 +166,9 @@ def _unlearned(
     model = check_model(model)
     targets, texts = check_sequences(model, targets), [whole(text) for text in check_sequences(model, retain)]
     if not targets or not texts:
-        raise ValueError(f"there are {len(targets)} targets and {len(texts)} texts to retain; give at least one of each")
+        raise ValueError(
+            f"there are {len(targets)} targets and {len(texts)} texts to retain; give at least one of each"
+        )
     check_number("lr", lr, above=0)
     check_number("max_steps", max_steps, least=1, whole=True)
     check_number("weight", weight, least=0)
@@ -197,7 +199,7 @@ def _train(
             retained = torch.cat(token_losses(model, [texts[index] for index in chosen(step)])).mean()
             return forget(token_losses(model, targets)) + weight * retained
 
-        for step in adamw_steps(parameters, loss_at, lr):  # noqa: B007
+        for step in adamw_steps(parameters, loss_at, lr):
             if step == max_steps or not _any_extractable(recitations(model, targets), targets):
                 break
     return step
