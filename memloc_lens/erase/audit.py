@@ -86,7 +86,7 @@ def audit(
         >>> found["extraction"]["own"]["before"]["prefix"]["mean"]
         48.0
         >>> sorted(found["relearning"])
-        ['half', 'itself', 'related']
+        ['half', 'itself']
     """
     if check_model(original) is check_model(erased):
         raise ValueError(

@@ -32,7 +32,7 @@ from memloc_lens.smallest_set import Recitation, limit_of
 BATCH = 8
 """Texts to retain in a step."""
 
-Forget = Callable[[list[Float[Tensor, " suffix"]]], Float[Tensor, ""]]
+Forget = Callable[[list[Float[Tensor, " _"]]], Float[Tensor, ""]]
 """The loss of forgetting, from the losses of the tokens of every target."""
 
 
@@ -86,7 +86,7 @@ def gradient_ascent(
         (1, True)
     """
 
-    def forget(losses: list[Float[Tensor, " suffix"]]) -> Float[Tensor, ""]:
+    def forget(losses: list[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
         return -torch.stack([each.mean() for each in losses]).mean()
 
     with _unlearned(model, targets, retain, lambda _: forget, lr, max_steps, weight, seed) as unlearned:
@@ -127,7 +127,7 @@ def npo(
     """
     check_number("beta", beta, above=0)
 
-    def forget_from(reference: list[Float[Tensor, " suffix"]]) -> Forget:
+    def forget_from(reference: list[Float[Tensor, " _"]]) -> Forget:
         before = torch.stack([-each.sum() for each in reference]).detach()
         return lambda losses: npo_loss(torch.stack([-each.sum() for each in losses]), before, beta)
 
@@ -157,7 +157,7 @@ def _unlearned(
     model: HookedTransformer,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
-    forget_from: Callable[[list[Float[Tensor, " suffix"]]], Forget],
+    forget_from: Callable[[list[Float[Tensor, " _"]]], Forget],
     lr: float,
     max_steps: int,
     weight: float,
@@ -183,7 +183,7 @@ def _train(
     model: HookedTransformer,
     targets: list[MemorizedSequence],
     texts: list[MemorizedSequence],
-    forget_from: Callable[[list[Float[Tensor, " suffix"]]], Forget],
+    forget_from: Callable[[list[Float[Tensor, " _"]]], Forget],
     lr: float,
     max_steps: int,
     weight: float,

@@ -70,7 +70,7 @@ def lower(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSeq
 
 
 def surrounded(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
-    """Return a sequence whose prompt comes in the middle of other text: two sentences stand before it.
+    """Return a sequence whose prompt comes in the middle of other text: three sentences stand before it.
 
     Of these the last tokens are taken that the model has room for.
     """

@@ -18,7 +18,7 @@ def whole(sequence: MemorizedSequence) -> MemorizedSequence:
 
 def token_losses(
     model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16
-) -> list[Float[Tensor, " suffix"]]:
+) -> list[Float[Tensor, " _"]]:
     """Return -log p(token | all before it) of every token of each suffix, in nats.
 
     Args:

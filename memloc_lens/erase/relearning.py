@@ -1,4 +1,4 @@
-"""How many steps of fine-tuning bring a text back? A text that was only hidden comes back sooner than a new one is learned.
+"""How many steps of fine-tuning bring a text back? A hidden text comes back sooner than a new one is learned.
 
 A lesson is what the model is trained on, and which part of the text is watched meanwhile:
 

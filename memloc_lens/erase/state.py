@@ -52,7 +52,7 @@ class Texts:
         for sequence in rest:
             if tuple(sequence.tokens.tolist()) in erased:
                 raise ValueError(
-                    f"sequence {sequence.id!r} is a target and among the others or the controls, too; leave it out there"
+                    f"sequence {sequence.id!r} is a target and among the others or the controls; leave it out there"
                 )
 
     def groups(self) -> dict[str, list[MemorizedSequence]]:

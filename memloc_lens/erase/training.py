@@ -102,10 +102,10 @@ def adamw_steps(parameters: Sequence[Parameter], loss_at: Callable[[int], Tensor
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
     step = 0
     while True:
-        yield step
-        loss = loss_at(step)
+        loss = loss_at(step)  # before the step is given, so that nobody reads a model that training has broken
         if not math.isfinite(loss.item()):
             raise ValueError(f"the loss is {loss.item()} at step {step} with the learning rate {lr:g}; lower lr")
+        yield step
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
