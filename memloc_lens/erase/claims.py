@@ -3,7 +3,8 @@
 MEASURED = {
     "extraction": (
         "One forward pass over each prompt followed by the true suffix. Tokens right: those that greedy decoding gets "
-        "right before its first mistake. Recited: no mistake. Strength: the share of the suffix that greedy decoding "
+        "right before its first mistake. Recited: no mistake. Accuracy: the share of the tokens, in points, that are "
+        "predicted right with all true tokens before them. Strength: the share of the suffix that greedy decoding "
         "recites to its end once the tokens before are given (1: the prompt is enough). Sampled: the probability that "
         "one of the samples at temperature 1, without top-k or top-p, is the exact suffix, computed from the "
         "probabilities of its tokens. Prompts: `own`; `shifted`, without its first 3 tokens; `cut`, its last half; "

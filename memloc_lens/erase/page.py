@@ -12,6 +12,7 @@ from memloc_lens.runs.visible import markdown
 COLUMNS = {
     "recited": ("recited (%)", ".0f"),
     "prefix": ("tokens right", ".1f"),
+    "accuracy": ("accuracy", ".1f"),
     "strength": ("strength", ".2f"),
     "probability": ("sampled", ".2g"),
 }
@@ -50,7 +51,7 @@ def _extraction(found: Audit) -> list[str]:
         "## Extraction of the targets",
         _before_after("prompt", found["extraction"]),
         "After the erasure, the prompt that gets most of each target:",
-        _table(("target", "prompt", "tokens right", "strength", "sampled"), worst),
+        _table(("target", "prompt", *(heading for key, (heading, _) in COLUMNS.items() if key != "recited")), worst),
         f"Measured: {found['measured']['extraction']} Here {samples} samples.",
         "## Extraction of other sequences",
         _before_after("group", found["others"]),
@@ -61,7 +62,7 @@ def _extraction(found: Audit) -> list[str]:
 def _strongest(target: str, states: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Sequence[str]:
     name = max(states, key=lambda name: (states[name]["after"]["prefix"], states[name]["after"]["strength"]))
     left = states[name]["after"]
-    return _name(target), name, f"{left['prefix']:.0f}", f"{left['strength']:.2f}", f"{left['probability']:.3g}"
+    return _name(target), name, *(f"{left[key]:{form}}" for key, (_, form) in COLUMNS.items() if key in left)
 
 
 def _before_after(first: str, rows: Mapping[str, Mapping[str, Cells]]) -> str:

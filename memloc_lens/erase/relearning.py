@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
-from memloc_lens.sequence import MemorizedSequence, check_sequences
-from memloc_lens.smallest_set import limit_of
+from memloc_lens.forward import at_least_float32, final_residual, target_logits
+from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
+from memloc_lens.smallest_set import limit_of, recitation_of
 
 
 class Point(TypedDict):
@@ -129,9 +130,10 @@ class Relearning:
 
 @torch.no_grad()
 def _point(model: HookedTransformer, watched: MemorizedSequence, step: int) -> Point:
-    (recitation,) = recitations(model, [watched])
-    (losses,) = token_losses(model, [watched])
-    return Point(step=step, prefix=recitation.prefix, loss=losses.mean().item())
+    batch = Batch(watched.tokens[None], watched.prompt_len).to(model.cfg.device)
+    logits = at_least_float32(target_logits(model, final_residual(model, batch), batch))[0]
+    loss = cross_entropy(logits, batch.suffix[0]).item()
+    return Point(step=step, prefix=recitation_of(logits, watched).prefix, loss=loss)
 
 
 Lesson = Callable[[MemorizedSequence, Sequence[MemorizedSequence]], tuple[MemorizedSequence, list[MemorizedSequence]]]

@@ -99,7 +99,7 @@ def adamw_steps(parameters: Sequence[Parameter], loss_at: Callable[[int], Tensor
         >>> step
         6
     """
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=WEIGHT_DECAY, fused=True)
     step = 0
     while True:
         loss = loss_at(step)  # before the step is given, so that nobody reads a model that training has broken

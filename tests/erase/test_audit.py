@@ -17,7 +17,7 @@ from memloc_lens.erase.relearning import Relearning, relearn
 from memloc_lens.erase.state import Texts
 from memloc_lens.metrics import perplexity, suffix_accuracy, teacher_forced
 
-QUICK = Relearning(lr=0.02, max_steps=4)
+QUICK = Relearning(lr=0.02, max_steps=2)
 HOSTILE = "t|a*b*\n<script>"
 
 
