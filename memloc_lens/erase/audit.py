@@ -27,7 +27,7 @@ from memloc_lens.erase.schema import Audit, Change, LessonResult
 from memloc_lens.erase.state import State, Texts, cells, state_of
 from memloc_lens.runs.disk import write_whole
 from memloc_lens.runs.fingerprint import fingerprint
-from memloc_lens.runs.jobs import Engine, InMemory, Job, run_jobs, serial
+from memloc_lens.runs.jobs import InMemory, Job, run_jobs
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.quiet import without_bars
 from memloc_lens.runs.schema import Interval, Record
@@ -50,7 +50,6 @@ def audit(
     share: float = 0.2,
     batch: int = 16,
     quiet: bool = False,
-    engine: Engine = serial,
 ) -> Audit:
     """Measure what is left of erased sequences, and what else was lost.
 
@@ -68,7 +67,6 @@ def audit(
         share: of the tokens, for min-k%.
         batch: maximum number of sequences at a time.
         quiet: show no progress bar.
-        engine: runs the parts.
 
     Raises:
         ValueError: if both models are one object, a model cannot read a sequence, a target is among the others or the
@@ -98,7 +96,7 @@ def audit(
         texts.check(check_model(model))
     parts = _parts(models, texts, relearning, partial(state_of, texts=texts, samples=samples, share=share, batch=batch))
     with without_bars() if quiet else nullcontext():
-        found = _run(parts, engine)
+        found = _run(parts)
     settings = dict(samples=samples, min_k_share=share, relearning=asdict(relearning))
     return _audit(models, settings, texts, found)
 
@@ -123,13 +121,13 @@ def _parts(
     return parts
 
 
-def _run(parts: Parts, engine: Engine) -> dict[tuple[str, str, str], Any]:
+def _run(parts: Parts) -> dict[tuple[str, str, str], Any]:
     def worker(job: Job) -> Iterator[Record]:
         for key in job.keys:
             yield {"part": key[0], "method": key[1], "sequence": key[2], "found": parts[key]()}  # type: ignore[index]
 
     jobs = [Job((key,)) for key in parts]
-    records = run_jobs(lambda: worker, jobs, InMemory("part", "method", "sequence"), engine, "audit", "part")
+    records = run_jobs(lambda: worker, jobs, InMemory("part", "method", "sequence"), description="audit", unit="part")
     return {(record["part"], record["method"], record["sequence"]): record["found"] for record in records}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import VOCAB, tiny_model
 
-from memloc_lens import MemorizedSequence, load_sequences
+from memloc_lens import ComponentSet, MemorizedSequence, ablate, load_sequences
 from memloc_lens.erase.extraction import SURROUNDING, VARIANTS, extraction, recitations, shifted, typos
 
 
@@ -64,6 +64,21 @@ def test_sampled_extraction_is_how_often_samples_hit(model):
     (found,) = recitations(model, [sequence], samples=samples)
     assert 0.05 < hits < 0.95
     assert found.probability == pytest.approx(hits, abs=0.03)
+
+
+def test_open_ablations_count(model):
+    members = torch.rand(2, 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    zeroed = tiny_model()
+    for block, layer in zip(zeroed.blocks, members, strict=True):
+        block.mlp.W_out.data[layer] = 0
+    sequences = [partly_recited(model, seed) for seed in range(4)]
+    with ablate(model, ComponentSet(members)):
+        inside = extraction(model, sequences)
+    assert inside != extraction(model, sequences)
+    for name, expected in extraction(zeroed, sequences).items():
+        for found, wanted in zip(inside[name], expected, strict=True):
+            assert (found is None) == (wanted is None)
+            assert found is None or vars(found) == pytest.approx(vars(wanted))
 
 
 def test_variants_keep_the_suffix_and_change_the_prompt(embedded):
