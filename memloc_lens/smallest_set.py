@@ -34,7 +34,7 @@ Until = Literal["unextractable", "greedy", "accuracy", "sampled"]
 
 @dataclass(frozen=True)
 class Recitation:
-    """What a model recites of a suffix; one forward pass over the true text gives all three.
+    """What a model recites of a suffix; one forward pass over the true text gives all of it.
 
     Args:
         prefix: number of tokens that greedy decoding gets right before its first mistake. Up to there it reads what
@@ -43,11 +43,15 @@ class Recitation:
         probability: that at least one of n samples at temperature 1 is the exact suffix: 1 - (1 - p)^n, where p is the
             product of the probabilities of its tokens. Hayes et al. (2025), "Measuring memorization in language models
             via probabilistic extraction".
+        strength: share of the suffix that greedy decoding recites to its end once the tokens before it are given: of n
+            tokens, 1 - k/n for the fewest k that must be given. From k on, teacher forcing makes no mistake. 1: the
+            prompt is enough; 0: the last token is not predicted. Dorna et al. (2025), "OpenUnlearning".
     """
 
     prefix: int
     accuracy: float
     probability: float
+    strength: float
 
 
 MEASURES: dict[str, Callable[[Recitation], float]] = {
@@ -182,17 +186,40 @@ def _reciter(
         with isolated(model):
             residual = run_layers(model, entering, first_layer, batch.prompt_len)
             logits = at_least_float32(target_logits(model, residual, batch))[0]
-        right = logits.argmax(dim=-1) == batch.suffix[0]
-        loss = cross_entropy(logits, batch.suffix[0], reduction="none").double().sum().item()
-        if math.isnan(loss):
-            raise ValueError(f"the loss of sequence {sequence.id!r} is nan; take a dtype with a wider range")
-        return Recitation(
-            prefix=int(right.long().cumprod(dim=0).sum()),
-            accuracy=100 * right.double().mean().item(),
-            probability=_of_any(math.exp(-loss), samples),
-        )
+        return recitation_of(logits, sequence, samples)
 
     return recite
+
+
+def recitation_of(
+    logits: Float[Tensor, "suffix d_vocab"], sequence: MemorizedSequence, samples: int = 1000
+) -> Recitation:
+    """Return what a model recites of a sequence, from the logits of a pass over its true text.
+
+    Args:
+        logits: at the target positions.
+        sequence: prompt and suffix.
+        samples: number of samples for the probability.
+
+    Raises:
+        ValueError: if the loss is NaN.
+
+    Example:
+        >>> logits = model(sequence.tokens)[0, sequence.prompt_len - 1 : -1]
+        >>> recitation_of(logits, sequence).prefix
+        48
+    """
+    suffix = sequence.suffix.to(logits.device)
+    right = logits.argmax(dim=-1) == suffix
+    loss = cross_entropy(logits, suffix, reduction="none").double().sum().item()
+    if math.isnan(loss):
+        raise ValueError(f"the loss of sequence {sequence.id!r} is nan; take a dtype with a wider range")
+    return Recitation(
+        prefix=int(right.long().cumprod(dim=0).sum()),
+        accuracy=100 * right.double().mean().item(),
+        probability=_of_any(math.exp(-loss), samples),
+        strength=right.flip(0).long().cumprod(dim=0).double().mean().item(),
+    )
 
 
 def _of_any(probability: float, samples: int) -> float:

@@ -41,12 +41,19 @@ def naive_left(model, sequence) -> dict[str, float]:
     suffix, prompt_len = sequence.suffix.tolist(), sequence.prompt_len
     recited = greedy(model, sequence.tokens[:prompt_len], len(suffix))[prompt_len:].tolist()
     prefix = next((i for i in range(len(suffix)) if recited[i] != suffix[i]), len(suffix))
+    whole, length = sequence.tokens, len(suffix)
+    given = next(k for k in range(length + 1) if torch.equal(greedy(model, whole[: prompt_len + k], length - k), whole))
     right, probability = 0, 1.0
     for index, token in enumerate(suffix):
         after = model(sequence.tokens[None, : prompt_len + index])[0, -1].softmax(dim=-1)
         right += int(after.argmax()) == token
         probability *= after[token].item()
-    return {"prefix": prefix, "accuracy": 100 * right / len(suffix), "probability": 1 - (1 - probability) ** SAMPLES}
+    return {
+        "prefix": prefix,
+        "accuracy": 100 * right / length,
+        "probability": 1 - (1 - probability) ** SAMPLES,
+        "strength": 1 - given / length,
+    }
 
 
 def naive_sets(scores, first_layer, scope) -> list[torch.Tensor]:

@@ -25,7 +25,19 @@ def cut(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSeque
         >>> sequence.prompt_len, shorter.prompt_len, torch.equal(shorter.suffix, sequence.suffix)
         (32, 16, True)
     """
-    start = sequence.prompt_len // 2
+    return without_first(model, sequence, sequence.prompt_len // 2)
+
+
+def without_first(model: HookedTransformer, sequence: MemorizedSequence, count: int) -> MemorizedSequence:
+    """Return a sequence without the first tokens of its prompt, of which at least one is left.
+
+    A beginning-of-sequence token stays at the beginning, in place of the first token that is left.
+
+    Example:
+        >>> without_first(model, sequence, 3).prompt_len
+        29
+    """
+    start = min(count, sequence.prompt_len - 1)
     tokens = sequence.tokens[start:].clone()
     if model.tokenizer is not None and int(sequence.tokens[0]) == model.tokenizer.bos_token_id:
         tokens[0] = sequence.tokens[0]

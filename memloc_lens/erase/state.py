@@ -1,0 +1,127 @@
+"""What an audit measures of one model, original or erased."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from memloc_lens.data.near_duplicates import near_duplicate_groups
+from memloc_lens.erase.extraction import extraction, recitations
+from memloc_lens.erase.membership import membership
+from memloc_lens.metrics import row_losses
+from memloc_lens.runs.schema import Cells
+from memloc_lens.runs.statistics import mean_interval
+from memloc_lens.sequence import MemorizedSequence, check_sequences
+from memloc_lens.smallest_set import Recitation
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Everything that an audit reads.
+
+    Args:
+        targets: that were erased.
+        others: memorized sequences that should stay.
+        controls: texts that the model has never seen.
+        text: rows of plain text for the perplexity; None measures none.
+    """
+
+    targets: Sequence[MemorizedSequence]
+    others: Sequence[MemorizedSequence]
+    controls: Sequence[MemorizedSequence]
+    text: Int[Tensor, "row pos"] | None = None
+
+    def check(self, model: HookedTransformer) -> None:
+        """Refuse texts that do not fit a model, or each other.
+
+        Raises:
+            ValueError: if there are no targets or no controls, two of either share an id, the model cannot read one,
+                or a target is among the others or the controls.
+        """
+        for name, sequences in (("targets", self.targets), ("controls", self.controls)):
+            if not check_sequences(model, sequences):
+                raise ValueError(f"{name} is empty; give at least one sequence")
+            ids = Counter(sequence.id for sequence in sequences)
+            if ids.most_common(1)[0][1] > 1:
+                raise ValueError(f"two {name} have the id {ids.most_common(1)[0][0]!r}; give each an id of its own")
+        rest = [*check_sequences(model, self.others), *self.controls]
+        erased = {tuple(target.tokens.tolist()) for target in self.targets}
+        for sequence in rest:
+            if tuple(sequence.tokens.tolist()) in erased:
+                raise ValueError(
+                    f"sequence {sequence.id!r} is a target and among the others or the controls; leave it out there"
+                )
+
+    def groups(self) -> dict[str, list[MemorizedSequence]]:
+        """Return the others and the controls by what they have to do with the targets; each is in one group."""
+        rows = near_duplicate_groups([each.tokens.tolist() for each in (*self.targets, *self.others)])
+        of_targets = set(rows[: len(self.targets)].tolist())
+        subjects = {subject for target in self.targets for subject in target.category}
+        groups: dict[str, list[MemorizedSequence]] = {}
+        for other, row in zip(self.others, rows[len(self.targets) :].tolist(), strict=True):
+            related = "related" if subjects & set(other.category) else "unrelated"
+            groups.setdefault("near-duplicates" if row in of_targets else related, []).append(other)
+        return groups | {"controls": list(self.controls)}
+
+
+@dataclass(frozen=True)
+class State:
+    """What was measured of one model.
+
+    Args:
+        targets: for each variant of the prompt, what is recited of each target.
+        rest: for each other sequence and control, in this order, what is recited after its own prompt.
+        membership: AUROC of signals that tell targets from controls.
+        losses: mean loss of each row of text, in nats.
+    """
+
+    targets: Mapping[str, Sequence[Recitation | None]]
+    rest: Sequence[Recitation]
+    membership: Cells
+    losses: Sequence[float]
+
+
+def state_of(model: HookedTransformer, texts: Texts, samples: int = 1000, share: float = 0.2, batch: int = 16) -> State:
+    """Measure a model.
+
+    Args:
+        model: used as it is, ablated or not.
+        texts: to measure on.
+        samples: number of samples for sampled extraction.
+        share: of the tokens, for min-k%.
+        batch: maximum number of sequences at a time.
+
+    Example:
+        >>> from memloc_lens import load_sequences
+        >>> texts = Texts([sequence], load_sequences(model)[1:3], load_sequences(model, split="control")[:2])
+        >>> state = state_of(model, texts)
+        >>> state.targets["own"][0].prefix, len(state.rest)
+        (48, 4)
+    """
+    return State(
+        extraction(model, texts.targets, samples, batch),
+        recitations(model, [*texts.others, *texts.controls], samples, batch),
+        membership(model, texts.targets, texts.controls, share),
+        [] if texts.text is None else row_losses(model, texts.text, batch).tolist(),
+    )
+
+
+MEASURES: Mapping[str, Callable[[Recitation], float]] = {
+    "recited": lambda found: 100.0 * (found.strength == 1),
+    **{field.name: lambda found, name=field.name: float(getattr(found, name)) for field in fields(Recitation)},  # type: ignore[misc]
+}
+"""What is summarized of recitations: the share that is recited whole, in points, and the fields of `Recitation`."""
+
+
+def cells(found: Sequence[Recitation | None]) -> Cells:
+    """Return the mean of every measure with its 95% interval over sequences; no cells if there are no sequences.
+
+    Example:
+        >>> cells([Recitation(prefix=4, accuracy=50.0, probability=0.0, strength=0.25)])["prefix"]
+        {'mean': 4.0, 'low': 4.0, 'high': 4.0, 'n': 1}
+    """
+    present = [each for each in found if each is not None]
+    return {name: mean_interval([of(each) for each in present]) for name, of in MEASURES.items()} if present else {}
