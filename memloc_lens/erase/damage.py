@@ -1,0 +1,95 @@
+"""What an erasure may cost: perplexity of other text, and accuracy of other memorized sequences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from memloc_lens.checks import check_number
+from memloc_lens.forward import PrefixCache
+from memloc_lens.metrics import perplexity, suffix_accuracy, teacher_forced
+from memloc_lens.sequence import MemorizedSequence
+
+
+@dataclass(frozen=True)
+class Utility:
+    """How well a model does what it should go on doing.
+
+    Args:
+        perplexity: of text that it has not memorized; None without a text.
+        accuracy: mean teacher-forced accuracy of other memorized sequences, in points; None without any.
+    """
+
+    perplexity: float | None
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much an erasure may cost.
+
+    Args:
+        max_ppl_rise: of the perplexity, in percent.
+        max_neg_loss: of the mean accuracy of other memorized sequences, in points.
+
+    Example:
+        >>> budget = Budget(max_ppl_rise=2, max_neg_loss=2)
+        >>> budget.allows(Utility(10.0, 99.0), Utility(10.1, 98.0)), budget.allows(Utility(10.0, 99.0), Utility(10.3, 98.0))
+        (True, False)
+    """
+
+    max_ppl_rise: float = 2.0
+    max_neg_loss: float = 2.0
+
+    def __post_init__(self) -> None:
+        check_number("max_ppl_rise", self.max_ppl_rise, least=0)
+        check_number("max_neg_loss", self.max_neg_loss, least=0)
+
+    def allows(self, before: Utility, after: Utility) -> bool:
+        """Return whether what was lost is within the budget; what was not measured is."""
+        rise, loss = ppl_rise(before, after), neg_loss(before, after)
+        return (rise is None or rise <= self.max_ppl_rise) and (loss is None or loss <= self.max_neg_loss)
+
+
+def ppl_rise(before: Utility, after: Utility) -> float | None:
+    """Return the rise of the perplexity in percent, None if it was not measured.
+
+    Example:
+        >>> ppl_rise(Utility(10.0, None), Utility(10.5, None))
+        5.0
+    """
+    if before.perplexity is None or after.perplexity is None:
+        return None
+    return 100 * (after.perplexity / before.perplexity - 1)
+
+
+def neg_loss(before: Utility, after: Utility) -> float | None:
+    """Return the fall of the accuracy of others in points, None if it was not measured."""
+    return None if before.accuracy is None or after.accuracy is None else before.accuracy - after.accuracy
+
+
+@dataclass(frozen=True)
+class Spared:
+    """What an erasure should leave as it is, and is measured on; it must be disjoint from what is erased.
+
+    Args:
+        text: rows of text that the model has not memorized.
+        others: other memorized sequences.
+    """
+
+    text: Int[Tensor, "row pos"] | None = None
+    others: Sequence[MemorizedSequence] = ()
+
+    def utility(self, model: HookedTransformer, batch: int = 16, prefix: PrefixCache | None = None) -> Utility:
+        """Measure a model, under any ablation that is open.
+
+        Args:
+            model: used as it is.
+            batch: maximum number of rows at a time.
+            prefix: of the layers before the first ablated one.
+        """
+        others, text = list(self.others), self.text
+        accuracy = suffix_accuracy(teacher_forced(model, others, batch, prefix), others).mean().item() if others else None
+        return Utility(None if text is None else perplexity(model, text, batch, prefix), accuracy)

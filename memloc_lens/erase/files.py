@@ -1,0 +1,162 @@
+"""The files of a checkpoint: which hold the weights, which are copied, and how weights in them are set to zero.
+
+A zero is all bytes zero in every format of numbers. So weights of a safetensors file are overwritten where they are,
+and all other bytes of it stay.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+"""Files with all weights, in the order in which they are looked for; a sharded one has an index of its name."""
+
+OF_WEIGHTS = frozenset(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .ot .onnx .onnx_data .gguf .ggml .tflite .npz .pkl .mlmodel".split()
+)
+"""Suffixes of files that may hold the weights once more."""
+
+STALE = ("erasure.json", "audit.json", "AUDIT.md")
+"""What an earlier erasure wrote about the checkpoint as it was then."""
+
+MembersOf = Callable[[str, tuple[int, ...]], Bool[Tensor, "out in"] | None]
+"""From the name and the shape of a tensor to the weights of it that become zero, None if none do."""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that transformers reads the weights of a checkpoint from.
+
+    Raises:
+        ValueError: if there are none, or an index cannot be read or names what is not a file of the folder.
+
+    Example:
+        >>> from memloc_lens.models import EMBEDDED
+        >>> [file.name for file in weight_files(EMBEDDED)]
+        ['model.safetensors']
+    """
+    for name in SINGLE:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / shard for shard in _shards(index)]
+    raise ValueError(f"{folder} has no weights in transformers format: no {' and no '.join(SINGLE)}")
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} cannot be read as an index of weights: {error}") from error
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(f"{index} names {name!r}, which is not a file of the folder; download it whole")
+    return names
+
+
+def copied_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a checkpoint to copy, relative to it, and the names of what is left out.
+
+    Left out are files that may hold the weights once more, in another format or of another time, hidden folders, and
+    what an earlier erasure wrote about the checkpoint.
+
+    Example:
+        >>> from memloc_lens.models import EMBEDDED
+        >>> copied, left_out = copied_files(EMBEDDED)
+        >>> Path("tokenizer.json") in copied, left_out
+        (True, [])
+    """
+    read = set(weight_files(folder))
+    copied, left_out = [], []
+    for at, folders, files in os.walk(folder):
+        path = Path(at)
+        for name in list(folders):
+            if name.startswith(".") or (path / name).is_symlink():
+                folders.remove(name)
+                left_out.append(f"{(path / name).relative_to(folder)}/")
+        for file in (path / name for name in files):
+            is_left_out = file not in read and (file.suffix in OF_WEIGHTS or file.name in STALE)
+            (left_out if is_left_out else copied).append(file.relative_to(folder))  # type: ignore[attr-defined]
+    return sorted(copied), sorted(map(str, left_out))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file, and of a link what it points to, so that it can be written whatever its mode was."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the content of each tensor of a file of weights, one in memory at a time.
+
+    Those of a safetensors file have a last dimension of bytes: two files are compared whatever their numbers are.
+
+    Raises:
+        ValueError: if the file cannot be read.
+    """
+    if file.suffix == ".safetensors":
+        for name, content in _mapped(file, "r"):
+            yield name, torch.from_numpy(np.array(content))
+        return
+    for name, tensor in _loaded(file).items():
+        yield name, tensor.detach().contiguous().unsqueeze(-1).view(torch.uint8)
+
+
+def zero(file: Path, members_of: MembersOf) -> int:
+    """Set weights in a file to zero, in place; a file without any of them is not touched.
+
+    Args:
+        file: of weights.
+        members_of: tells which.
+
+    Returns:
+        The number of weights that were set.
+    """
+    return (_zero_safetensors if file.suffix == ".safetensors" else _zero_pickled)(file, members_of)
+
+
+def _zero_safetensors(file: Path, members_of: MembersOf) -> int:
+    count = 0
+    for name, content in _mapped(file, "r+"):
+        members = members_of(name, content.shape[:-1])
+        if members is not None and members.any():
+            content[members.numpy()] = 0
+            content.flush()
+            count += int(members.sum())
+    return count
+
+
+def _zero_pickled(file: Path, members_of: MembersOf) -> int:
+    state, count = _loaded(file), 0
+    for name, tensor in state.items():
+        members = members_of(name, tuple(tensor.shape))
+        if members is not None and members.any():
+            tensor.detach()[members] = 0
+            count += int(members.sum())
+    if count:
+        torch.save(state, file)
+    return count
+
+
+def _mapped(file: Path, mode: Any) -> Iterator[tuple[str, np.memmap]]:
+    """Yield the name of each tensor of a safetensors file, and its bytes as they are on the disk."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    for name, entry in header.items():
+        if name != "__metadata__" and 0 not in entry["shape"]:
+            begin, end = entry["data_offsets"]
+            size = (end - begin) // int(np.prod(entry["shape"]))
+            yield name, np.memmap(file, np.uint8, mode, 8 + length + begin, (*entry["shape"], size))
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True)
