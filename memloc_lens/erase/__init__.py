@@ -4,5 +4,8 @@
 """
 
 from memloc_lens.erase.checkpoint import write_checkpoint
+from memloc_lens.erase.choose import Erasure, choose
+from memloc_lens.erase.damage import Budget, Spared, Utility
+from memloc_lens.erase.erasing import erase_sequences
 
-__all__ = ["write_checkpoint"]
+__all__ = ["Budget", "Erasure", "Spared", "Utility", "choose", "erase_sequences", "write_checkpoint"]

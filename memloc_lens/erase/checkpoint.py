@@ -1,8 +1,8 @@
 """Write a checkpoint without some of its components: a copy of its own files, with their weights at zero.
 
 Neurons lose their row of the MLP's output matrix, heads their rows of the attention's, single weights themselves. The
-result computes what the model computes under `ablate`. Nothing is saved anew: numbers, shards, tokenizer and licence stay as
-they came, byte for byte.
+result computes what the model computes under `ablate`. Nothing is saved anew: numbers, shards, tokenizer and licence
+stay as they came, byte for byte.
 
 The folder is written under a hidden name beside its place, `config.json` last, compared with the ablated model, and
 moved: whatever ends the process, there is no folder that loads and is not whole.
@@ -35,7 +35,7 @@ ERASURE = "erasure.json"
 
 
 def write_checkpoint(
-    source: str | Path,
+    source: str | Path | None,
     target: str | Path,
     components: ComponentSet,
     *,
@@ -84,7 +84,7 @@ def write_checkpoint(
     return target
 
 
-def check_target(source: str | Path, target: Path) -> None:
+def check_target(source: str | Path | None, target: Path) -> None:
     """Refuse a folder that a checkpoint cannot be written to, before any long work.
 
     Raises:
@@ -156,7 +156,7 @@ def _copy(folder: Path, part: Path, components: ComponentSet) -> list[str]:
     return left_out
 
 
-def _unpack(source: str | Path, part: Path, components: ComponentSet, dtype: torch.dtype) -> list[str]:
+def _unpack(source: str | Path | None, part: Path, components: ComponentSet, dtype: torch.dtype) -> list[str]:
     """Write a model that has no folder, after its weights are set to zero in memory."""
     original = read_original(source, None, dtype)
     outputs = OUTPUTS[type(original.model).__name__]

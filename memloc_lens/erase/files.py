@@ -5,15 +5,17 @@ and all other bytes of it stay.
 """
 
 import json
+import math
 import os
+import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 from torch import Tensor
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -75,17 +77,19 @@ def copied_files(folder: Path) -> tuple[list[Path], list[str]]:
         (True, [])
     """
     read = set(weight_files(folder))
-    copied, left_out = [], []
+    copied: list[Path] = []
+    left_out: list[str] = []
     for at, folders, files in os.walk(folder):
-        path = Path(at)
         for name in list(folders):
-            if name.startswith(".") or (path / name).is_symlink():
+            if name.startswith(".") or (Path(at) / name).is_symlink():
                 folders.remove(name)
-                left_out.append(f"{(path / name).relative_to(folder)}/")
-        for file in (path / name for name in files):
-            is_left_out = file not in read and (file.suffix in OF_WEIGHTS or file.name in STALE)
-            (left_out if is_left_out else copied).append(file.relative_to(folder))  # type: ignore[attr-defined]
-    return sorted(copied), sorted(map(str, left_out))
+                left_out.append(f"{(Path(at) / name).relative_to(folder)}/")
+        for file in (Path(at) / name for name in files):
+            if file in read or not (file.suffix in OF_WEIGHTS or file.name in STALE):
+                copied.append(file.relative_to(folder))
+            else:
+                left_out.append(str(file.relative_to(folder)))
+    return sorted(copied), sorted(left_out)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -94,20 +98,21 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def tensors_of(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield the name and the content of each tensor of a file of weights, one in memory at a time.
+def tensors_of(file: Path) -> Iterator[tuple[str, UInt8[Tensor, "..."]]]:
+    """Yield the name of each tensor of a file of weights, and its bytes as a last dimension.
 
-    Those of a safetensors file have a last dimension of bytes: two files are compared whatever their numbers are.
+    Those of a safetensors file are read when they are looked at. Bytes tell two files apart whatever their numbers are.
 
-    Raises:
-        ValueError: if the file cannot be read.
+    Example:
+        >>> from memloc_lens.models import EMBEDDED
+        >>> dict(tensors_of(EMBEDDED / "model.safetensors"))["transformer.h.0.mlp.c_proj.weight"].shape
+        torch.Size([768, 192, 4])
     """
     if file.suffix == ".safetensors":
-        for name, content in _mapped(file, "r"):
-            yield name, torch.from_numpy(np.array(content))
-        return
-    for name, tensor in _loaded(file).items():
-        yield name, tensor.detach().contiguous().unsqueeze(-1).view(torch.uint8)
+        yield from ((name, torch.from_numpy(content)) for name, content in _mapped(file, "c"))
+    else:
+        for name, tensor in _loaded(file).items():
+            yield name, tensor.detach().contiguous().unsqueeze(-1).view(torch.uint8)
 
 
 def zero(file: Path, members_of: MembersOf) -> int:
@@ -146,17 +151,27 @@ def _zero_pickled(file: Path, members_of: MembersOf) -> int:
     return count
 
 
-def _mapped(file: Path, mode: Any) -> Iterator[tuple[str, np.memmap]]:
-    """Yield the name of each tensor of a safetensors file, and its bytes as they are on the disk."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    for name, entry in header.items():
-        if name != "__metadata__" and 0 not in entry["shape"]:
-            begin, end = entry["data_offsets"]
-            size = (end - begin) // int(np.prod(entry["shape"]))
-            yield name, np.memmap(file, np.uint8, mode, 8 + length + begin, (*entry["shape"], size))
+def _mapped(file: Path, mode: Literal["c", "r+"]) -> Iterator[tuple[str, np.memmap]]:
+    """Yield the name of each tensor of a safetensors file, and its bytes where they are on the disk.
+
+    Raises:
+        ValueError: if the file is not one of safetensors.
+    """
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        for name, entry in header.items():
+            if name != "__metadata__" and 0 not in entry["shape"]:
+                begin, end = entry["data_offsets"]
+                size = (end - begin) // math.prod(entry["shape"])
+                yield name, np.memmap(file, np.uint8, mode, 8 + length + begin, (*entry["shape"], size))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read as safetensors: {error}") from error
 
 
 def _loaded(file: Path) -> dict[str, Tensor]:
-    return torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read as weights: {error}") from error

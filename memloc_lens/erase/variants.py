@@ -110,9 +110,7 @@ def _tokens(model: HookedTransformer, text: str) -> Int[Tensor, " _"]:
     return torch.tensor(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def _with_prompt(
-    model: HookedTransformer, sequence: MemorizedSequence, prompt: Int[Tensor, " _"]
-) -> MemorizedSequence:
+def _with_prompt(model: HookedTransformer, sequence: MemorizedSequence, prompt: Int[Tensor, " _"]) -> MemorizedSequence:
     """Return a sequence with another prompt, of which the last tokens stay if the model does not read more."""
     prompt = prompt[-(model.cfg.n_ctx - len(sequence.suffix)) :]
     return _like(sequence, torch.cat([prompt, sequence.suffix]), len(prompt))

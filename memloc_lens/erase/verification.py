@@ -39,7 +39,8 @@ def check_written(model: HookedTransformer, folder: Path, components: ComponentS
             expected = expected.masked_fill(members.to(expected.device), 0)
         if not torch.equal(weight, expected):
             raise ValueError(f"what was written is not the model without {components!r}: {name} differs")
-    tokens = torch.randint(model.cfg.d_vocab, (1, min(TOKENS, model.cfg.n_ctx)), generator=torch.Generator().manual_seed(0))
+    length, drawn = min(TOKENS, model.cfg.n_ctx), torch.Generator("cpu").manual_seed(0)
+    tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=drawn, device="cpu")
     with ablate(model, components):
         expected = _log_probs(model, tokens)
     apart = (_log_probs(written, tokens) - expected).abs().max().item()
