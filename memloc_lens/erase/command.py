@@ -13,10 +13,11 @@ That a text cannot be extracted is not a proof that it is gone: a set that is sw
 
 import json
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import tyro
 from jaxtyping import Int
@@ -26,12 +27,12 @@ from transformer_lens import HookedTransformer
 from memloc_lens.benchmarks.context import HELD_OUT, with_context
 from memloc_lens.benchmarks.deletion import localized_at_once
 from memloc_lens.checks import check_choice, check_first_layer, check_number
-from memloc_lens.components import Scope, component_of
+from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
 from memloc_lens.erase.choose import Erasure, choose
 from memloc_lens.erase.damage import Budget, Spared
-from memloc_lens.erase.erasing import described, reached
+from memloc_lens.erase.erasing import PRESETS, described, reached
 from memloc_lens.erase.kept import localize
 from memloc_lens.erase.table import print_erasure
 from memloc_lens.localizers.context import shares_text
@@ -57,6 +58,8 @@ class EraseSettings(RunSettings):
         data: Sequences to erase: JSON lines with "all" and "prompt_len", or another format that is read. Default: the
             embedded model's sequences.
         prompt_len: Number of tokens in the prompts of data that do not say. Default: 32 for token ids.
+        component: Kind of component to erase: single weights of W_out, which cost the least damage; MLP neurons, which
+            need the least memory; or attention heads.
         limit: Number of sequences to erase, the first of the data; 0 takes all.
         out: Folder to write, which must not exist. Beside it, OUT.work keeps scores and what was reached.
         max_ppl_rise: Most that the perplexity of other text may rise, in percent.
@@ -79,8 +82,11 @@ class EraseSettings(RunSettings):
         seed: Seed of the draw of other sequences.
     """
 
+    presets: ClassVar[Mapping[str, Mapping[str, AnyLocalizer]]] = PRESETS
+
     data: str | Path | None = None
     prompt_len: int | None = None
+    component: ComponentName = "weight"
     limit: int = 0
     out: Path = Path("erased")
     max_ppl_rise: float = 2.0
@@ -92,7 +98,7 @@ class EraseSettings(RunSettings):
     text_tokens: int = 2048
     method: str | None = None
     first_layer: int = 1
-    scope: Scope = "layer"
+    scope: Scope = "global"
     batch: int = 16
     ratios: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     config: Annotated[Path | None, tyro.conf.Suppress] = None
@@ -114,7 +120,7 @@ class EraseSettings(RunSettings):
         """Return the method, with the settings that it shares with the command."""
         has_context = self.model == EMBEDDED.name or self.context is not None or bool(self.context_sequences)
         name = self.method or ("protect-iterative-gradient" if has_context else "iterative-gradient")
-        chosen = self.methods[0] if self.methods else resolve(name)
+        chosen = self.methods[0] if self.methods else resolve(name, self.presets.get(self.component))
         return [configured(resolve(chosen), self.component, first_layer=self.first_layer, scope=self.scope)]
 
     @property
@@ -147,7 +153,8 @@ def run(settings: EraseSettings) -> Erasure:
         ValueError: for settings, files or folders that cannot be used, before any long work.
 
     Example:
-        >>> settings = EraseSettings(limit=1, out=Path("erased"), method="gradient", text_tokens=256, negatives=4)
+        >>> small = dict(method="gradient", component="neuron", context_sequences=1, text_tokens=256, negatives=4)
+        >>> settings = EraseSettings(limit=1, max_ppl_rise=20, out=Path("erased"), device="cpu", **small)
         >>> run(settings).succeeded, Path("erased/erasure.json").is_file()
         (True, True)
     """
