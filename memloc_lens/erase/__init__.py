@@ -4,7 +4,7 @@
 """
 
 from memloc_lens.erase.checkpoint import write_checkpoint
-from memloc_lens.erase.choose import Erasure, choose
+from memloc_lens.erase.choosing import Erasure, choose
 from memloc_lens.erase.damage import Budget, Spared, Utility
 from memloc_lens.erase.erasing import erase_sequences
 

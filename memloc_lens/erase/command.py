@@ -25,12 +25,11 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.context import HELD_OUT, with_context
-from memloc_lens.benchmarks.deletion import localized_at_once
 from memloc_lens.checks import check_choice, check_first_layer, check_number
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
-from memloc_lens.erase.choose import Erasure, choose
+from memloc_lens.erase.choosing import Erasure, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
 from memloc_lens.erase.kept import localize
@@ -172,12 +171,11 @@ def _run(settings: EraseSettings) -> Erasure:
     model = settings.load_model()
     targets, spared, settings = _material(settings, model)
     (localizer,), kind = settings.localizers(), component_of(settings.component)
-    at_once = localized_at_once(settings.component, settings.batch)
     with settings.memory_budget(model), fast_products(model.cfg.device):
         erasure = choose(
             model,
             targets,
-            localize(settings.work, model, targets, localizer, kind, at_once),
+            localize(settings.work, model, targets, localizer, kind, settings.batch),
             spared,
             settings.budget,
             limit=settings.min_tokens,

@@ -126,7 +126,7 @@ def _difference(name: str, one: Tensor, other: Tensor, outputs: Outputs) -> Diff
     differs = (one != other).any(dim=-1)
     if not differs.any():
         return None
-    is_zero = ~other.any(dim=-1)
+    is_zero = (other == 0).all(dim=-1)
     if differs.ndim < 2:
         differs, is_zero = differs.view(1, -1), is_zero.view(1, -1)
     zeroed = bool(is_zero[differs].all())

@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 from memloc_lens.checks import check_model
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
-from memloc_lens.erase.choose import Erasure, choose
+from memloc_lens.erase.choosing import Erasure, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.localizers import IterativeGradient, Protect
 from memloc_lens.localizers.scoring import AnyLocalizer

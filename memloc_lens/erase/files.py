@@ -160,6 +160,8 @@ def _mapped(file: Path, mode: Literal["c", "r+"]) -> Iterator[tuple[str, np.memm
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
+            if length > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
             header = json.loads(opened.read(length))
         for name, entry in header.items():
             if name != "__metadata__" and 0 not in entry["shape"]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import overload
 
@@ -18,6 +19,9 @@ from memloc_lens.runs.methods import checked_scores, settings_of
 from memloc_lens.runs.scores import kept_scores, read_scores, score_file
 from memloc_lens.runs.settings import identities
 from memloc_lens.sequence import MemorizedSequence
+
+HELD = 2**27
+"""Scores that are held at a time."""
 
 
 class KeptScores(Sequence[Tensor]):
@@ -63,7 +67,7 @@ def localize(
         sequences: to score.
         localizer: that scores them.
         component: kind that it scores.
-        batch: number of sequences at a time.
+        batch: maximum number of sequences at a time.
 
     Example:
         >>> scores = localize(Path("work"), model, [sequence], Activations(), NEURONS, batch=16)
@@ -71,6 +75,7 @@ def localize(
         True
     """
     weights, method = fingerprint(model), settings_of(localizer)
+    batch = max(1, min(batch, HELD // prod(component.shape(model))))  # a method may read its context once a batch
     places: list[tuple[Path, int]] = []
     with tqdm(total=len(sequences), desc="localize", unit="sequence") as progress:
         for start in range(0, len(sequences), batch):

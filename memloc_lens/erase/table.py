@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from memloc_lens.erase.choose import Erasure, Step, Target
+from memloc_lens.erase.choosing import Erasure, Step, Target
 from memloc_lens.erase.damage import neg_loss, ppl_rise
 from memloc_lens.runs.visible import plain
 from memloc_lens.tables.terminal import wide_console
