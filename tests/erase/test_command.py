@@ -164,7 +164,7 @@ def test_compare_finds_nothing_in_a_copy_and_other_shapes_and_names(recited, tmp
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="copy has no weights in transformers format"):
         compare.compare(recited / "model", tmp_path / "copy")
-    with pytest.raises(ValueError, match="the configuration of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"the configuration of .* cannot be read"):
         compare.compare(recited, tmp_path / "copy")
 
 
