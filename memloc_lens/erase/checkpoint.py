@@ -11,6 +11,7 @@ moved: whatever ends the process, there is no folder that loads and is not whole
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -87,21 +88,35 @@ def write_checkpoint(
 def check_target(source: str | Path | None, target: Path) -> None:
     """Refuse a folder that a checkpoint cannot be written to, before any long work.
 
+    Args:
+        source: as for `load_model`; a model on the hub has been loaded before.
+        target: that `check_free` does not refuse.
+
     Raises:
-        ValueError: if it exists, lies inside the source, cannot be made, or its disk has too little space.
+        ValueError: if it lies inside the source, its disk has too little space, or the source has no folder.
     """
-    target = Path(target).expanduser()
-    if os.path.lexists(target):
-        raise ValueError(f"{target} exists; name a folder that does not, or remove it")
+    check_free(target)
     folder = checkpoint_folder(source)
-    if folder is not None and target.resolve().is_relative_to(folder.resolve()):
+    if folder is None:
+        return
+    if target.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{target} is inside the model's own folder {folder}; write to a folder outside of it")
-    with _cannot_write(target):
-        _part_of(target).mkdir(parents=True, exist_ok=True)  # as the last step will need it
-    needed = sum(file.stat().st_size for file in weight_files(folder)) if folder else 0
-    free = shutil.disk_usage(target.parent).free
+    needed, free = sum(file.stat().st_size for file in weight_files(folder)), shutil.disk_usage(target.parent).free
     if free < needed:
         raise ValueError(f"{target} needs {needed / 2**20:.0f} MiB and its disk has {free / 2**20:.0f} free")
+
+
+def check_free(target: Path) -> None:
+    """Refuse a folder that exists or cannot be made.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists; name a folder that does not, or remove it")
+    with _cannot_write(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent).cleanup()
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from memloc_lens.benchmarks.context import HELD_OUT, with_context
 from memloc_lens.checks import check_choice, check_first_layer, check_number
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.data import load_sequences, load_texts
-from memloc_lens.erase.checkpoint import check_target, write_checkpoint
+from memloc_lens.erase.checkpoint import check_free, check_target, write_checkpoint
 from memloc_lens.erase.choosing import Erasure, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
@@ -157,7 +157,7 @@ def run(settings: EraseSettings) -> Erasure:
         >>> run(settings).succeeded, Path("erased/erasure.json").is_file()
         (True, True)
     """
-    check_target(settings.model, settings.out)
+    check_free(settings.out)
     with disk_errors(settings.work):
         settings.work.mkdir(parents=True, exist_ok=True)
         held = lock(settings.work)
@@ -169,6 +169,7 @@ def run(settings: EraseSettings) -> Erasure:
 
 def _run(settings: EraseSettings) -> Erasure:
     model = settings.load_model()
+    check_target(settings.model, settings.out)
     targets, spared, settings = _material(settings, model)
     (localizer,), kind = settings.localizers(), component_of(settings.component)
     with settings.memory_budget(model), fast_products(model.cfg.device):

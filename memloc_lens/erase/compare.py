@@ -153,7 +153,7 @@ def recited_by(folder: str | Path, data: str | Path | None, limit: int = 0, devi
 
     Example:
         >>> recited_by("embedded", None, limit=2, device="cpu")
-        ['passage-008', 'passage-009']
+        ['passage-011', 'passage-012']
     """
     model = load_model(folder, device=device)
     sequences = load_sequences(model, data)[: limit or None]

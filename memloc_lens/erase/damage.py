@@ -57,8 +57,8 @@ def ppl_rise(before: Utility, after: Utility) -> float | None:
     """Return the rise of the perplexity in percent, None if it was not measured.
 
     Example:
-        >>> ppl_rise(Utility(10.0, None), Utility(10.5, None))
-        5.0
+        >>> ppl_rise(Utility(8.0, None), Utility(10.0, None))
+        25.0
     """
     if before.perplexity is None or after.perplexity is None:
         return None

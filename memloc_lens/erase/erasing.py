@@ -49,9 +49,10 @@ def erase_sequences(
     Args:
         model: as `load_model` returns it; its weights stay as they are.
         sequences: to erase.
-        localizer: of the component. Default: `IterativeGradient`, inside `Protect` if there is a context.
+        localizer: gets the component, the first layer and the scope, if it has such settings. Default:
+            `IterativeGradient`, inside `Protect` if there is a context.
         spared: what should stay as it is, and is measured.
-        context: other text that the default localizer may read, disjoint from all that is measured.
+        context: other text that the localizer may read, disjoint from all that is measured.
         budget: how much may be lost.
         first_layer: layers before it are left alone.
         scope: take the highest scores of every layer, or of all layers together.
@@ -74,8 +75,9 @@ def erase_sequences(
     """
     model, sequences = check_model(model), check_sequences(model, sequences)
     if out is not None:
-        check_target(source, Path(out))
+        check_target(source, Path(out).expanduser())
     localizer = localizer or default_localizer(context, first_layer, scope, component)
+    localizer = configured(localizer, component, context, first_layer=first_layer, scope=scope)
     spared.check_disjoint(sequences, context_of(localizer))
     kind = component_of(component)
     scores = checked_scores(localizer, model, sequences, kind)

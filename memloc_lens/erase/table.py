@@ -18,7 +18,7 @@ def print_erasure(erasure: Erasure, console: Console | None = None) -> None:
 
     Example:
         >>> from memloc_lens.erase import Spared, erase_sequences
-        >>> print_erasure(erase_sequences(model, [sequence], Gradient(), spared=Spared()))
+        >>> print_erasure(erase_sequences(model, [sequence], Gradient(), spared=Spared(), component="neuron"))
                                   1 sequences, ... neurons
         ...
     """

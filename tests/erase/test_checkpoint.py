@@ -213,7 +213,7 @@ def test_wrong_targets_and_sources(gpt2_folder, plain, tmp_path):
     for target, words in {
         tmp_path / "there": "there exists; name a folder that does not",
         gpt2_folder / "inside": "is inside the model's own folder",
-        tmp_path / "file" / "erased": "erased cannot be written: Not a directory",
+        tmp_path / "file" / "erased": "erased cannot be written: File exists",
         Path("/proc/erased"): "erased cannot be written",
     }.items():
         with pytest.raises(ValueError, match=words):
