@@ -194,7 +194,8 @@ def read_settings(name: str, arguments: list[str]) -> None:
         read(arguments)
         has_read = True
 
-    main = importlib.import_module(name).main
+    module = importlib.import_module(name)
+    main = importlib.import_module(f"{name}.__main__" if hasattr(module, "__path__") else name).main
     with (
         patch.object(importlib.import_module(main.__module__), "run_command", only_read),
         patch("torch.cuda.is_available", return_value=True),

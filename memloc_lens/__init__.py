@@ -14,6 +14,7 @@ from memloc_lens.components import (
     top_neurons,
 )
 from memloc_lens.data import load_definitions, load_sequences
+from memloc_lens.erase import erase_sequences
 from memloc_lens.injection import Injection, inject
 from memloc_lens.localizers import (
     LOCALIZERS,
@@ -66,6 +67,7 @@ __all__ = [
     "WeightNorm",
     "ZeroOut",
     "ablate",
+    "erase_sequences",
     "fit_fusion",
     "inject",
     "load_definitions",

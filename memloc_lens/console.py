@@ -11,6 +11,8 @@ COMMANDS = {
     "specificity": ("memloc_lens.benchmarks.specificity", "analyse whether located components are specific"),
     "roles": ("memloc_lens.benchmarks.roles", "tell what located neurons do"),
     "frontier": ("memloc_lens.benchmarks.frontier", "compare methods of DEL runs at equal damage"),
+    "erase": ("memloc_lens.erase.command", "erase memorized sequences, and write a checkpoint without them"),
+    "compare": ("memloc_lens.erase.compare", "tell in which weights two checkpoints differ, and what only one recites"),
     "report": ("memloc_lens.report.command", "write a page about runs, with pictures, to read in a browser"),
 }
 """The module of each command, whose `main` runs it, and what it does."""

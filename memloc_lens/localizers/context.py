@@ -62,6 +62,21 @@ def check_disjoint(context: Iterable[MemorizedSequence], measured: Iterable[Memo
                 )
 
 
+def shares_text(sequence: MemorizedSequence, others: Iterable[MemorizedSequence]) -> bool:
+    """Tell whether `check_disjoint` would refuse a sequence beside others.
+
+    Example:
+        >>> from memloc_lens.localizers.context import shares_text
+        >>> shares_text(sequence, [sequence]), shares_text(sequence, load_sequences(model, split="dev"))
+        (True, False)
+    """
+    try:
+        check_disjoint([sequence], others)
+    except ValueError:
+        return True
+    return False
+
+
 def _runs(sequence: MemorizedSequence, length: int = RUN) -> Iterable[tuple[int, ...]]:
     tokens = sequence.tokens.tolist()
     return zip(*(tokens[start:] for start in range(min(length, len(tokens)))), strict=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     CONFIG_MAPPING,
@@ -86,6 +87,41 @@ def read_original(name: str | Path | None, revision: str | None, dtype: torch.dt
     if path.exists() or path.suffix == ".gguf" or path.is_absolute():
         raise ValueError(f"no model at {str(name)!r}: {possible_names()}")
     return _read_hub(str(name), revision, dtype)
+
+
+def checkpoint_folder(name: str | Path | None) -> Path | None:
+    """Return the folder of a model in transformers format, None for one that comes as a GGUF file.
+
+    Args:
+        name: as for `read_original`. Of a model on the hub it is the folder in the cache, which has the files that
+            loading it has read.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    path = Path(name or "").expanduser()
+    if name is None or name == EMBEDDED.name:
+        return EMBEDDED
+    if name in PACKAGED or (path.suffix == ".gguf" and path.is_file()):
+        return None
+    if path.exists() or path.is_absolute():
+        return path
+    repository, _, revision = str(name).partition("@")
+    try:
+        return Path(snapshot_download(_official(repository), revision=revision or "main", local_files_only=True))
+    except Exception as error:
+        raise ValueError(
+            f"{str(name)!r} is not in the cache of the hub: {reason(error)}; download it with hf download {repository} "
+            "--local-dir FOLDER, and give the folder"
+        ) from error
+
+
+def _official(name: str) -> str:
+    """Return the full name of a model that TransformerLens knows by a short one: pythia-2.8b."""
+    try:
+        return get_official_model_name(name)
+    except ValueError:
+        return name
 
 
 def _refuse_revision(name: str | Path | None, revision: str | None) -> None:
@@ -189,10 +225,7 @@ def _read_hub(name: str, revision: str | None, dtype: torch.dtype) -> Original:
         raise ValueError(f"the name says {named_revision!r} and revision is {revision!r}; give one of them")
     revision = revision or named_revision or None
     where: dict[str, Any] = {"revision": revision or "main"}
-    try:
-        official = get_official_model_name(name)  # TransformerLens knows short names: pythia-2.8b
-    except ValueError:
-        official = name
+    official = _official(name)
     try:
         _check_config_file(official, **where)
         config = _checked_config(official, **where)

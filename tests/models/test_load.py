@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from conftest import ARCHITECTURES, VOCAB, make_original
-from memloc_lens import load_model
+from memloc_lens import Neurons, load_model
+from memloc_lens.erase import write_checkpoint
 from memloc_lens.models import EMBEDDED, check_device, load, prepare, sources
+from memloc_lens.models.sources import checkpoint_folder
 
 
 @torch.no_grad()
@@ -110,6 +112,20 @@ def test_gguf(tmp_path):
     assert torch.allclose(model(tokens, return_type="logits"), original(tokens).logits, atol=1e-4)
     assert model.tokenizer("!!", add_special_tokens=False)["input_ids"] == [1]
     assert model.cfg.model_name == "small"
+
+
+def test_a_gguf_file_is_written_as_a_folder_without_its_neurons(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    original = make_original("llama-tied")
+    path = write_gguf(gguf, original, tmp_path / "small.gguf")
+    neurons = Neurons.from_indices(load_model(path, device="cpu"), [(1, 5), (2, 7)])
+    erased = AutoModelForCausalLM.from_pretrained(write_checkpoint(path, tmp_path / "erased", neurons))
+    original.model.layers[1].mlp.down_proj.weight.data[:, 5] = 0
+    original.model.layers[2].mlp.down_proj.weight.data[:, 7] = 0
+    expected = original.state_dict()
+    assert erased.state_dict().keys() == expected.keys()
+    assert all(torch.allclose(weight, expected[name], atol=1e-6) for name, weight in erased.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "erased")("!!", add_special_tokens=False)["input_ids"] == [1]
 
 
 @torch.no_grad()
@@ -267,6 +283,17 @@ def test_a_revision_of_a_model_on_the_hub(hub, name):
         assert torch.equal(later.W_U, 2 * model.W_U)
         assert torch.equal(later.W_E, model.W_E)
         assert later.cfg.model_name == "pythia-70m@step3000"
+
+
+def test_the_folder_of_a_model_on_the_hub(hub, tmp_path):
+    assert checkpoint_folder("pythia-70m") == hub / "snapshots" / ("a" * 40)
+    assert checkpoint_folder("EleutherAI/pythia-70m@step3000") == hub / "snapshots" / ("b" * 40)
+    neurons = Neurons.from_indices(load_model("pythia-70m", device="cpu"), [(1, 5)])
+    erased = load_file(write_checkpoint("pythia-70m", tmp_path / "erased", neurons) / "model.safetensors")
+    before = load_file(hub / "snapshots" / ("a" * 40) / "model.safetensors")
+    name = "gpt_neox.layers.1.mlp.dense_4h_to_h.weight"
+    before[name][:, 5] = 0
+    assert all(torch.equal(erased[name], weight) for name, weight in before.items())
 
 
 def test_a_revision_that_cannot_be_is_one_error(hub, tmp_path):

@@ -1,0 +1,261 @@
+"""Choose one set of components without which none of many sequences can be extracted.
+
+1. Sequence after sequence, with the union of the sets so far switched off: the smallest set of what is still
+   extractable is added (`memloc_lens.smallest_set`).
+2. The model is asked for every sequence with every prompt variant (`VARIANTS`), by greedy decoding. A sequence is
+   extracted if half of its suffix, rounded up, is written in one piece. The sets of those that still are grow along
+   their nested sets, until none is extracted or more is lost than the budget allows.
+
+What is lost is measured after every step, so that a set that costs too much comes with the way there.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+from operator import or_
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformer_lens import HookedTransformer
+
+from memloc_lens.ablation import ablate
+from memloc_lens.checks import check_model
+from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
+from memloc_lens.erase.damage import Budget, Spared, Utility, neg_loss, ppl_rise
+from memloc_lens.erase.variants import VARIANTS, runs
+from memloc_lens.forward import PrefixCache
+from memloc_lens.generation import free_running
+from memloc_lens.sequence import MemorizedSequence, check_sequences
+from memloc_lens.smallest_set import limit_of, smallest_set
+
+GROWTH = 1.25
+"""Factor by which the set of a sequence grows that is still extracted."""
+
+Runs = dict[str, int]
+"""By prompt variant: the number of tokens of the suffix that are written in one piece."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """What became of a sequence.
+
+    Args:
+        id: of the sequence.
+        own: number of components in its own set.
+        limit: number of tokens in one piece at which it counts as extracted.
+        before: what the whole model writes of it.
+        after: what is written without the components.
+    """
+
+    id: str
+    own: int
+    limit: int
+    before: Runs
+    after: Runs
+
+    def extracted(self, by: Runs) -> list[str]:
+        """Return the variants that extract it."""
+        return [name for name, run in by.items() if run >= self.limit]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A point on the way: what is lost with so many components.
+
+    Args:
+        name: the sequence whose set was added, or the round of growth.
+        count: number of components.
+        utility: of the model without them.
+        extracted: number of sequences that a variant still extracts; None where that was not asked.
+    """
+
+    name: str
+    count: int
+    utility: Utility
+    extracted: int | None = None
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A set of components to erase, and what it does.
+
+    Args:
+        components: the set.
+        targets: a line for every sequence.
+        before: utility of the whole model.
+        steps: the way to the set; the last one is the set.
+        budget: that was given.
+    """
+
+    components: ComponentSet
+    targets: list[Target]
+    before: Utility
+    steps: list[Step]
+    budget: Budget
+
+    @property
+    def after(self) -> Utility:
+        """The utility without the components."""
+        return self.steps[-1].utility
+
+    @property
+    def ppl_rise(self) -> float | None:
+        """The rise of the perplexity in percent."""
+        return ppl_rise(self.before, self.after)
+
+    @property
+    def neg_loss(self) -> float | None:
+        """The fall of the accuracy of other memorized sequences in points."""
+        return neg_loss(self.before, self.after)
+
+    @property
+    def within_budget(self) -> bool:
+        """Whether no more is lost than the budget allows."""
+        return self.budget.allows(self.before, self.after)
+
+    @property
+    def extracted(self) -> list[str]:
+        """The sequences that a variant still extracts."""
+        return [target.id for target in self.targets if target.extracted(target.after)]
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether no sequence is extracted, and no more is lost than the budget allows."""
+        return self.within_budget and not self.extracted
+
+
+@torch.no_grad()
+def choose(
+    model: HookedTransformer,
+    sequences: Sequence[MemorizedSequence],
+    scores: Sequence[Float[Tensor, " layer *unit"]] | Float[Tensor, "sequence layer *unit"],
+    spared: Spared,
+    budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+    *,
+    limit: int | None = None,
+    first_layer: int = 0,
+    scope: Scope = "layer",
+    component: Component = NEURONS,
+    batch: int = 16,
+    progress: bool = False,
+) -> Erasure:
+    """Return one set of components without which no sequence can be extracted, and what is lost with it.
+
+    Args:
+        model: used as it is; its weights stay as they are.
+        sequences: to erase.
+        scores: of each sequence, as a localizer returns them.
+        spared: what should stay as it is; disjoint from the sequences and from what the localizer has read.
+        budget: how much may be lost.
+        limit: number of tokens of a suffix in one piece that count as extracted. Default: half of it, rounded up.
+        first_layer: layers before it are left alone.
+        scope: take the highest scores of every layer, or of all layers together.
+        component: kind of the components.
+        batch: maximum number of rows at a time.
+        progress: show a progress bar.
+
+    Returns:
+        The set, also if it costs more than the budget allows or a sequence is still extracted: see
+        `Erasure.succeeded`.
+
+    Raises:
+        ValueError: if there is no sequence, or not one score tensor for each of the model's shape.
+
+    Example:
+        >>> sequences = load_sequences(model)[:2]
+        >>> scores = IterativeGradient(first_layer=1)(model, sequences)
+        >>> erasure = choose(model, sequences, scores, Spared(others=load_sequences(model)[100:104]), first_layer=1)
+        >>> erasure.extracted
+        []
+    """
+    model = check_model(model)
+    sequences = check_sequences(model, sequences)
+    if not sequences or len(scores) != len(sequences):
+        raise ValueError(f"{len(sequences)} sequences and {len(scores)} scores were given; give as many of both")
+    limits = [int(limit_of("unextractable", limit, len(sequence.suffix))) for sequence in sequences]
+    search = _Search(model, sequences, scores, first_layer, scope, component, batch)
+    measure = partial(spared.utility, model, batch, search.prefix)
+    written, before, steps = search.written(), measure(), []
+    for index in tqdm(range(len(sequences)), desc="choose", unit="sequence", disable=not progress):
+        search.add(index, limit)
+        with ablate(model, search.union):
+            steps.append(Step(sequences[index].id, len(search.union), measure()))
+    while True:
+        with ablate(model, search.union):
+            left = search.written()
+        extracted = [index for index, own in enumerate(left) if max(own.values()) >= limits[index]]
+        steps[-1] = replace(steps[-1], extracted=len(extracted))
+        if not budget.allows(before, steps[-1].utility) or not search.grow(extracted):
+            break
+        with ablate(model, search.union):
+            steps.append(Step(f"growth {len(steps) + 1 - len(sequences)}", len(search.union), measure()))
+    cells = zip(sequences, search.sets, limits, written, left, strict=True)
+    targets = [Target(own.id, len(chosen), most, *told) for own, chosen, most, *told in cells]
+    return Erasure(search.union, targets, before, steps, budget)
+
+
+class _Search:
+    """The search of `choose`: of each sequence its nested sets, and how far along them it is."""
+
+    def __init__(
+        self,
+        model: HookedTransformer,
+        sequences: list[MemorizedSequence],
+        scores: Sequence[Tensor] | Tensor,
+        first_layer: int,
+        scope: Scope,
+        component: Component,
+        batch: int,
+    ) -> None:
+        self.model, self.sequences, self.scores = model, sequences, scores
+        self.first_layer, self.scope, self.component, self.batch = first_layer, scope, component, batch
+        nothing = ComponentSet(torch.zeros(component.shape(model), dtype=torch.bool), component)
+        self.sets, self.counts = [nothing] * len(sequences), [0] * len(sequences)
+        layers, *unit = nothing.shape
+        self.width = math.prod(unit) * (1 if scope == "layer" else layers - first_layer)
+        self.prefix = PrefixCache(model, first_layer)
+        self.prompts = {name: [vary(model, sequence) for sequence in sequences] for name, vary in VARIANTS.items()}
+
+    @property
+    def union(self) -> ComponentSet:
+        """The components of all sets."""
+        return reduce(or_, self.sets)
+
+    def add(self, index: int, limit: int | None) -> None:
+        """Take the smallest set of a sequence, with the union of the others switched off."""
+        with ablate(self.model, self.union):
+            found = smallest_set(
+                self.model,
+                self.sequences[index],
+                self.scores[index],
+                limit=limit,
+                first_layer=self.first_layer,
+                scope=self.scope,
+                component=self.component,
+            )
+        self._take(index, round(found.ratio * self.width) if found else 1)
+
+    def grow(self, indices: Sequence[int]) -> bool:
+        """Let the sets of some sequences grow, and return whether any did."""
+        before = list(self.counts)
+        for index in indices:
+            self._take(index, min(self.width, max(self.counts[index] + 1, math.ceil(GROWTH * self.counts[index]))))
+        return self.counts != before
+
+    def _take(self, index: int, count: int) -> None:
+        self.counts[index] = count
+        if count:
+            self.sets[index] = top_components(
+                self.scores[index], count / self.width, self.first_layer, self.scope, "nearest", self.component
+            )
+
+    def written(self) -> list[Runs]:
+        """Return what the model writes of every sequence, asked in every way, under the ablation that is open."""
+        found: list[Runs] = [{} for _ in self.sequences]
+        for name, prompts in self.prompts.items():
+            for own, run in zip(found, runs(free_running(self.model, prompts, self.batch), prompts), strict=True):
+                own[name] = run
+        return found
