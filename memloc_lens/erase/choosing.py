@@ -217,7 +217,7 @@ class _Search:
         layers, *unit = nothing.shape
         self.width = math.prod(unit) * (1 if scope == "layer" else layers - first_layer)
         self.prefix = PrefixCache(model, first_layer)
-        self.prompts = {name: [vary(model, sequence) for sequence in sequences] for name, vary in VARIANTS.items()}
+        self.prompts = {name: [vary(model, own) or own for own in sequences] for name, vary in VARIANTS.items()}
 
     @property
     def union(self) -> ComponentSet:

@@ -1,6 +1,7 @@
-"""Prompt variants that an erasure is tried with: the ways in which someone may ask for the same text.
+"""Prompt variants: the ways in which someone may ask for the same text.
 
 A set that breaks the exact training prompt alone leaves the text in the model: see `memloc_lens.benchmarks.prompts`.
+Each variant is followed by the true suffix, or by what is left of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,67 +11,96 @@ from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.benchmarks.prompts import EVERY, PROMPTS
+from memloc_lens.benchmarks.prompts import EVERY, PROMPTS, without_first
 from memloc_lens.generation import Predictions
 from memloc_lens.sequence import MemorizedSequence, decode
 
-OWN = "own"
-LEAD = "As somebody wrote elsewhere, and others have repeated since: "
-"""Other text that comes before a prompt."""
+Variant = Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence | None]
+"""Another prompt for the true suffix; None where there is none: without a tokenizer, or if it changes nothing."""
 
-Variant = Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence]
+SHIFT = 3
+"""Tokens by which a prompt is shifted."""
+TYPO_EVERY = 4
+"""One word of so many gets a typo."""
+SURROUNDING = (
+    "The meeting began a little after nine. Most of those who had been invited were already there, and the rest "
+    "followed soon. Before the first point was called, somebody read the following page aloud.\n\n"
+)
 
 
 def own(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
-    """Return the sequence itself."""
+    """Return the sequence as it is."""
     return sequence
 
 
-def shifted(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
-    """Return a window of the text that begins up to 8 tokens later: its prompt has the first tokens of the suffix.
+def shifted(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+    """Return a sequence without the first 3 tokens of its prompt, so that each later one is at another position.
 
     Example:
-        >>> later = shifted(model, sequence)
-        >>> later.prompt_len, torch.equal(later.tokens, sequence.tokens[8:])
+        >>> shifted(model, sequence).prompt_len
+        29
+    """
+    return None if sequence.prompt_len == 1 else without_first(model, sequence, SHIFT)
+
+
+def later(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+    """Return a window of the text up to 8 tokens later: its prompt ends with the first tokens of the suffix.
+
+    Example:
+        >>> window = later(model, sequence)
+        >>> window.prompt_len, torch.equal(window.suffix, sequence.suffix[8:])
         (32, True)
     """
     by = min(EVERY, len(sequence.suffix) - 1)
-    return _like(sequence, sequence.tokens[by:], sequence.prompt_len)
+    if by == 0:
+        return None
+    first = _bos(model, sequence)
+    tokens = torch.cat([sequence.tokens[: len(first)], sequence.tokens[by + len(first) :]])
+    return MemorizedSequence(tokens, sequence.prompt_len, sequence.id, sequence.category)
 
 
-def in_other_text(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
-    """Return the sequence after a few words of other text; without a tokenizer, after the end of its own prompt.
+def typos(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+    """Return a sequence with two letters swapped in the middle of every 4th word of its prompt.
 
-    Example:
-        >>> print(in_other_text(model, sequence).text(model)[:24])
-        As somebody wrote elsewh
-    """
-    first, prompt = _after_bos(model, sequence)
-    lead = prompt[-EVERY:] if model.tokenizer is None else _tokens(model, LEAD)
-    return _with_prompt(model, sequence, torch.cat([first, lead, prompt]))
-
-
-def other_case(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
-    """Return the sequence with its prompt in the other case, before the same suffix; itself without a tokenizer.
+    Words of fewer than four characters are passed over.
 
     Example:
-        >>> other_case(model, sequence).text(model)[:10], sequence.text(model)[:10]
-        ('tHE MODULE', 'The module')
+        >>> typed = typos(model, sequence)
+        >>> torch.equal(typed.suffix, sequence.suffix)
+        True
     """
-    if model.tokenizer is None:
-        return sequence
-    first, prompt = _after_bos(model, sequence)
-    return _with_prompt(model, sequence, torch.cat([first, _tokens(model, decode(model, prompt).swapcase())]))
+    return _with_text(model, sequence, _mistyped)
+
+
+def upper(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+    """Return a sequence with its prompt in upper case."""
+    return _with_text(model, sequence, str.upper)
+
+
+def lower(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+    """Return a sequence with its prompt in lower case."""
+    return _with_text(model, sequence, str.lower)
+
+
+def surrounded(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+    """Return a sequence whose prompt comes in the middle of other text: three sentences stand before it.
+
+    Of these the last tokens are taken that the model has room for.
+    """
+    return _with_text(model, sequence, lambda prompt: SURROUNDING + prompt)
 
 
 VARIANTS: Mapping[str, Variant] = {
-    OWN: own,
-    **PROMPTS,
+    "own": own,
     "shifted": shifted,
-    "in other text": in_other_text,
-    "other case": other_case,
+    "later": later,
+    **PROMPTS,
+    "typos": typos,
+    "upper": upper,
+    "lower": lower,
+    "surrounded": surrounded,
 }
-"""The variants by name."""
+"""Prompts by name. `cut` and `perturbed` are those of DEL."""
 
 
 def longest_run(written: Int[Tensor, " _"], suffix: Int[Tensor, " _"]) -> int:
@@ -98,23 +128,35 @@ def runs(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> li
     ]
 
 
-def _after_bos(model: HookedTransformer, sequence: MemorizedSequence) -> tuple[Tensor, Tensor]:
-    """Return the beginning-of-sequence token of a prompt, if it has one, and what comes after."""
-    prompt = sequence.prompt[0]
-    has = model.tokenizer is not None and int(prompt[0]) == model.tokenizer.bos_token_id
-    return prompt[: int(has)], prompt[int(has) :]
+def _mistyped(prompt: str) -> str:
+    words = prompt.split(" ")
+    long = [index for index, word in enumerate(words) if len(word) > 3]
+    for index in long[::TYPO_EVERY]:
+        word, middle = words[index], len(words[index]) // 2
+        words[index] = word[: middle - 1] + word[middle] + word[middle - 1] + word[middle + 1 :]
+    return " ".join(words)
 
 
-def _tokens(model: HookedTransformer, text: str) -> Int[Tensor, " _"]:
-    assert model.tokenizer is not None
-    return torch.tensor(model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+def _with_text(
+    model: HookedTransformer, sequence: MemorizedSequence, change: Callable[[str], str]
+) -> MemorizedSequence | None:
+    """Return the sequence with the text of its prompt changed; of too long a prompt the last tokens that fit."""
+    if model.tokenizer is None:
+        return None
+    first = _bos(model, sequence)
+    text = decode(model, sequence.tokens[len(first) : sequence.prompt_len])
+    changed = change(text)
+    if changed == text:
+        return None
+    room = model.cfg.n_ctx - len(first) - len(sequence.suffix)
+    prompt = model.tokenizer(changed, add_special_tokens=False, verbose=False)["input_ids"][-room:] if room > 0 else []
+    if not prompt:
+        return None
+    tokens = torch.cat([torch.tensor([*first, *prompt]), sequence.suffix.cpu()])
+    return MemorizedSequence(tokens, len(first) + len(prompt), sequence.id, sequence.category)
 
 
-def _with_prompt(model: HookedTransformer, sequence: MemorizedSequence, prompt: Int[Tensor, " _"]) -> MemorizedSequence:
-    """Return a sequence with another prompt, of which the last tokens stay if the model does not read more."""
-    prompt = prompt[-(model.cfg.n_ctx - len(sequence.suffix)) :]
-    return _like(sequence, torch.cat([prompt, sequence.suffix]), len(prompt))
-
-
-def _like(sequence: MemorizedSequence, tokens: Int[Tensor, " _"], prompt_len: int) -> MemorizedSequence:
-    return MemorizedSequence(tokens, prompt_len, sequence.id, sequence.category)
+def _bos(model: HookedTransformer, sequence: MemorizedSequence) -> list[int]:
+    """Return the beginning-of-sequence token of a prompt, if it has one."""
+    bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
+    return [token for token in sequence.tokens[:1].tolist() if token == bos]
