@@ -12,6 +12,7 @@ COMMANDS = {
     "roles": ("memloc_lens.benchmarks.roles", "tell what located neurons do"),
     "frontier": ("memloc_lens.benchmarks.frontier", "compare methods of DEL runs at equal damage"),
     "erase": ("memloc_lens.erase.command", "erase memorized sequences, and write a checkpoint without them"),
+    "audit": ("memloc_lens.erase.audit_command", "try to bring erased sequences back, and measure what else was lost"),
     "compare": ("memloc_lens.erase.compare", "tell in which weights two checkpoints differ, and what only one recites"),
     "report": ("memloc_lens.report.command", "write a page about runs, with pictures, to read in a browser"),
 }

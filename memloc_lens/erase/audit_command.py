@@ -1,0 +1,179 @@
+"""Audit an erased checkpoint: try to bring the erased sequences back, and measure what else was lost.
+
+1. Extraction: by the sequences' own prompts and by variants of them, by greedy decoding and by sampling.
+2. Relearning: how many steps of fine-tuning bring a sequence back, against those that a new text takes.
+3. Membership: whether losses still tell the sequences from texts that the model has never seen.
+4. Damage: the accuracy of other memorized sequences and the perplexity of other text.
+
+    python -m memloc_lens.erase.audit_command ORIGINAL ERASED --data requests.jsonl --controls unseen.jsonl
+
+`audit.json` and `AUDIT.md` are written into the erased folder. An audit can show that a text is still there; it cannot
+show that it is gone.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import tyro
+from transformer_lens import HookedTransformer
+
+from memloc_lens.benchmarks.context import HELD_OUT
+from memloc_lens.checks import check_number
+from memloc_lens.data import load_sequences, load_texts
+from memloc_lens.erase.audit import audit, write_audit
+from memloc_lens.erase.relearning import Relearning
+from memloc_lens.erase.schema import Audit
+from memloc_lens.localizers.context import shares_text
+from memloc_lens.metrics import text_rows
+from memloc_lens.models import EMBEDDED, check_device, load_model
+from memloc_lens.runs.command_line import parser, run_command
+from memloc_lens.runs.quiet import may_be_quiet
+from memloc_lens.runs.records import read_table
+from memloc_lens.runs.visible import visible
+from memloc_lens.sequence import MemorizedSequence
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """What to audit.
+
+    Args:
+        original: Model before the erasure: a folder, or a name as for the other commands.
+        erased: Folder of the erased checkpoint, to which the audit is written.
+        data: Erased sequences: a file as for DEL. Those that the folder's erasure.json names are taken; all, if it has
+            none. Default: the embedded model's sequences.
+        prompt_len: Number of tokens in the prompts of data that do not say. Default: 32 for token ids.
+        limit: Number of sequences to audit, the first of those erased; 0 takes all.
+        others: Memorized sequences that should stay. Default: the others of the data.
+        negatives: Number of them, the first ones; 0 takes all.
+        controls: Texts that the model has never seen: a file as for data, at least as many as are audited. Default:
+            those of the data's split "control".
+        text: Unrelated text for the perplexity: a text file, or JSON lines with "text". Default: held-out text of
+            the embedded model.
+        text_tokens: Number of tokens of that text.
+        retrained: Model that was trained without the sequences, if there is one.
+        max_steps: Most steps of fine-tuning.
+        every: Look whether the sequence is back after so many steps.
+        lr: Learning rate of the fine-tuning.
+        samples: Number of samples of which one is to be the exact suffix.
+        batch: Number of sequences at a time.
+        device: Device of the models. Default: CUDA if there is one, else the CPU.
+        quiet: Show no progress bars.
+    """
+
+    original: tyro.conf.Positional[str]
+    erased: tyro.conf.Positional[Path]
+    data: Path | None = None
+    prompt_len: int | None = None
+    limit: int = 0
+    others: Path | None = None
+    negatives: int = 64
+    controls: Path | None = None
+    text: Path | None = None
+    text_tokens: int = 2048
+    retrained: str | None = None
+    max_steps: int = 40
+    every: int = 1
+    lr: float = 1e-4
+    samples: int = 1000
+    batch: int = 16
+    device: str | None = None
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        check_device(self.device)
+        for name in ("limit", "negatives"):
+            check_number(name, getattr(self, name), least=0, whole=True)
+        for name in ("text_tokens", "samples", "batch"):
+            check_number(name, getattr(self, name), least=1, whole=True)
+        if not self.erased.is_dir():
+            raise ValueError(f"erased is {self.erased}, which is no folder; give the folder of the erased checkpoint")
+        self.relearning()
+
+    def relearning(self) -> Relearning:
+        """Return how the erased model is fine-tuned."""
+        return Relearning(lr=self.lr, max_steps=self.max_steps, every=self.every)
+
+
+def main() -> None:
+    """Run the command line: ``python -m memloc_lens.erase.audit_command --help``."""
+    run_command(parser(AuditSettings, "memloc audit", __doc__), run, show)
+
+
+@may_be_quiet
+def run(settings: AuditSettings) -> Audit:
+    """Audit a checkpoint, and write the audit into its folder.
+
+    Raises:
+        ValueError: for settings, files or models that cannot be used, before any long work.
+    """
+    load = partial(load_model, device=settings.device)
+    original, erased = load(settings.original), load(settings.erased)
+    retrained = None if settings.retrained is None else load(settings.retrained)
+    targets, others, controls = _sequences(settings, original)
+    rows = None
+    if original.tokenizer is not None:
+        rows = text_rows(original, load_texts(settings.text or HELD_OUT), settings.text_tokens)
+    found = audit(
+        original,
+        erased,
+        targets,
+        others,
+        controls,
+        rows,
+        retrained=retrained,
+        relearning=settings.relearning(),
+        samples=settings.samples,
+        batch=settings.batch,
+    )
+    write_audit(settings.erased, found)
+    return found
+
+
+def _sequences(
+    settings: AuditSettings, model: HookedTransformer
+) -> tuple[list[MemorizedSequence], list[MemorizedSequence], list[MemorizedSequence]]:
+    """Load the erased sequences, those that should stay, and those that were never seen."""
+    if settings.data is None and settings.original != EMBEDDED.name:
+        raise ValueError(f"the original is {settings.original!r}, and no data is given; give the sequences as --data")
+    load = partial(load_sequences, model, prompt_len=settings.prompt_len)
+    memorized, named = load(settings.data), _named(settings.erased)
+    erased = [sequence for sequence in memorized if named is None or sequence.id in named]
+    if not erased:
+        raise ValueError(f"the data has none of the sequences that {settings.erased / 'erasure.json'} names")
+    targets = erased[: settings.limit or None]
+    gone = {sequence.id for sequence in erased}
+    rest = load(settings.others) if settings.others else [own for own in memorized if own.id not in gone]
+    others = [own for own in rest if not shares_text(own, targets)][: settings.negatives or None]
+    controls = load(settings.controls) if settings.controls else load(settings.data, "control")
+    if len(controls) < len(targets):
+        raise ValueError(
+            f"{len(controls)} texts were never seen, and {len(targets)} sequences are audited; give more as "
+            "--controls, or lower --limit"
+        )
+    return targets, others, controls
+
+
+def _named(folder: Path) -> set[str] | None:
+    """Return the ids of the sequences that were erased, None if the folder does not tell."""
+    file = folder / "erasure.json"
+    return {id for id, _ in read_table(file)["sequences"]} if file.is_file() else None
+
+
+def show(settings: AuditSettings, found: Audit) -> None:
+    """Print the figures that matter most, and where the others are."""
+    own = found["extraction"]["own"]
+    for when in ("before", "after"):
+        told = own[when]
+        print(
+            f"{when}: {told['prefix']['mean']:.1f} tokens recited, extraction strength {told['strength']['mean']:.2f}"
+        )
+    for lesson, result in found["relearning"].items():
+        print(f"relearning, {lesson}: resurfacing ratio {json.dumps(result['resurfacing']['new'])}")
+    print(f"\naudit: {visible(settings.erased / 'AUDIT.md')}")
+
+
+if __name__ == "__main__":
+    main()
