@@ -42,8 +42,8 @@ class AuditSettings:
     Args:
         original: Model before the erasure: a folder, or a name as for the other commands.
         erased: Folder of the erased checkpoint, to which the audit is written.
-        data: Erased sequences: a file as for DEL. Those that the folder's erasure.json names are taken; all, if it has
-            none. Default: the embedded model's sequences.
+        data: Erased sequences: a file as for DEL. Those that the folder's erasure.json names are taken; the first
+            ones, if it has none. Default: the embedded model's sequences.
         prompt_len: Number of tokens in the prompts of data that do not say. Default: 32 for token ids.
         limit: Number of sequences to audit, the first of those erased; 0 takes all.
         others: Memorized sequences that should stay. Default: the others of the data.
@@ -88,8 +88,6 @@ class AuditSettings:
             check_number(name, getattr(self, name), least=0, whole=True)
         for name in ("text_tokens", "samples", "batch"):
             check_number(name, getattr(self, name), least=1, whole=True)
-        if not self.erased.is_dir():
-            raise ValueError(f"erased is {self.erased}, which is no folder; give the folder of the erased checkpoint")
         self.relearning()
 
     def relearning(self) -> Relearning:
@@ -109,6 +107,8 @@ def run(settings: AuditSettings) -> Audit:
     Raises:
         ValueError: for settings, files or models that cannot be used, before any long work.
     """
+    if not settings.erased.is_dir():
+        raise ValueError(f"erased is {settings.erased}, which is no folder; give the folder of the erased checkpoint")
     load = partial(load_model, device=settings.device)
     original, erased = load(settings.original), load(settings.erased)
     retrained = None if settings.retrained is None else load(settings.retrained)
@@ -140,7 +140,9 @@ def _sequences(
         raise ValueError(f"the original is {settings.original!r}, and no data is given; give the sequences as --data")
     load = partial(load_sequences, model, prompt_len=settings.prompt_len)
     memorized, named = load(settings.data), _named(settings.erased)
-    erased = [sequence for sequence in memorized if named is None or sequence.id in named]
+    erased = memorized[: settings.limit or None]
+    if named is not None:
+        erased = [sequence for sequence in memorized if sequence.id in named]
     if not erased:
         raise ValueError(f"the data has none of the sequences that {settings.erased / 'erasure.json'} names")
     targets = erased[: settings.limit or None]

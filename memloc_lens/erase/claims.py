@@ -7,7 +7,8 @@ MEASURED = {
         "predicted right with all true tokens before them. Strength: the share of the suffix that greedy decoding "
         "recites to its end once the tokens before are given (1: the prompt is enough). Sampled: the probability that "
         "one of the samples at temperature 1, without top-k or top-p, is the exact suffix, computed from the "
-        "probabilities of its tokens. Prompts: `own`; `shifted`, without its first 3 tokens; `cut`, its last half; "
+        "probabilities of its tokens. Prompts: `own`; `shifted`, without its first 3 tokens; `later`, a window 8 "
+        "tokens later, of whose suffix the rest is left; `cut`, its last half; "
         "`perturbed`, every 8th token replaced at random; `typos`, two letters swapped in every 4th word of four "
         "letters or more; `upper` and `lower` case; `surrounded`, with three other sentences before it."
     ),
