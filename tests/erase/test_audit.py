@@ -90,7 +90,7 @@ def test_extraction_before_and_after(found, models, material):
         assert cells["recited"]["mean"] == 50 * rights.count(7)
     assert found["extraction"]["own"]["before"]["recited"]["mean"] == 100
     assert found["extraction"]["own"]["after"]["recited"]["mean"] < 100
-    assert set(found["extraction"]) == {"own", "shifted", "cut", "perturbed"}  # others need a tokenizer
+    assert set(found["extraction"]) == {"own", "shifted", "later", "cut", "perturbed"}  # others need a tokenizer
 
 
 def test_damage_is_that_of_the_metrics(found, models, material):

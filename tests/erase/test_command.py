@@ -100,7 +100,7 @@ def test_on_the_command_line(small, recited, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("sys.argv", ["erase", *arguments, "--out", str(small.out), "--max-neg-loss", "100"])
     main()
     shown = capsys.readouterr().out
-    assert "extracted: 0 of 2, by any of 6 prompts" in shown
+    assert "extracted: 0 of 2, by any of 9 prompts" in shown
     assert "perplexity: not measured" in shown
     monkeypatch.setattr("sys.argv", ["compare", small.model, str(small.out), "--data", str(small.data), "--quiet"])
     compare_main()
