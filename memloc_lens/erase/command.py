@@ -34,6 +34,7 @@ from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
 from memloc_lens.erase.kept import localize
 from memloc_lens.erase.table import print_erasure
+from memloc_lens.erase.variants import longest_pieces
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
@@ -47,6 +48,7 @@ from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import RunSettings
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence
+from memloc_lens.smallest_set import limit_of
 
 
 @dataclass(frozen=True)
@@ -207,11 +209,24 @@ def _material(
     others = [own for own in _drawn(rest, settings.negatives, settings.seed) if not shares_text(own, targets)]
     spared = Spared(_text(settings, model), others)
     check_losses(model, [*targets, *others], settings.batch)
+    _check_extracted(settings, model, targets)
     if any(map(reads_context, settings.localizers())):
         dev = load(settings.data, "dev")
         settings = with_context(settings, model, [*dev, *reversed(rest)], [*targets, *others], spared.text)
     spared.check_disjoint(targets)
     return targets, spared, settings
+
+
+def _check_extracted(settings: EraseSettings, model: HookedTransformer, targets: list[MemorizedSequence]) -> None:
+    """Refuse sequences of which none can be extracted: there is nothing to erase."""
+    longest = [longest_pieces(model, target, settings.batch) for target in targets]
+    limits = [limit_of("unextractable", settings.min_tokens, len(target.suffix)) for target in targets]
+    if all(max(own.values()) < limit for own, limit in zip(longest, limits, strict=True)):
+        most = max(length for own in longest for length in own.values())
+        raise ValueError(
+            f"none of the {len(targets)} sequences can be extracted: at most {most} tokens of a suffix are written in "
+            "one piece, by any prompt; there is nothing to erase, unless you lower --min-tokens"
+        )
 
 
 def _text(settings: EraseSettings, model: HookedTransformer) -> Int[Tensor, "row pos"] | None:

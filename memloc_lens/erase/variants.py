@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.prompts import EVERY, PROMPTS, without_first
-from memloc_lens.generation import Predictions
+from memloc_lens.generation import Predictions, free_running
 from memloc_lens.sequence import MemorizedSequence, decode
 
 Variant = Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence | None]
@@ -126,6 +126,23 @@ def runs(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> li
     return [
         longest_run(written, sequence.suffix.cpu()) for written, sequence in zip(predictions, sequences, strict=True)
     ]
+
+
+def longest_pieces(model: HookedTransformer, sequence: MemorizedSequence, batch: int = 16) -> dict[str, int]:
+    """Return by prompt the number of tokens of a suffix that greedy decoding writes in one piece.
+
+    Args:
+        model: used as it is, ablated or not.
+        sequence: prompt and suffix.
+        batch: maximum number of prompts at a time.
+
+    Example:
+        >>> longest_pieces(model, sequence)["own"]
+        48
+    """
+    prompts = {name: vary(model, sequence) or sequence for name, vary in VARIANTS.items()}
+    written = free_running(model, list(prompts.values()), batch)
+    return dict(zip(prompts, runs(written, list(prompts.values())), strict=True))
 
 
 def _mistyped(prompt: str) -> str:

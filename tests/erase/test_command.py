@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import make_original
+from conftest import make_original, write_lines
 from memloc_lens import load_model
 from memloc_lens.erase import command, compare
 from memloc_lens.erase.command import EraseSettings, main, run
@@ -46,6 +46,16 @@ def test_what_is_written_does_not_recite(small, recited):
     assert [id for id, _ in told["sequences"]] == ["s0", "s1"]
     assert told["by"]["command"] == "from Python"
     assert told["steps"][-1]["count"] == told["count"] == len(erasure.components)
+
+
+def test_what_cannot_be_extracted_is_not_erased(small, monkeypatch, tmp_path):
+    """The sequences that the model does not recite are refused before anything is located."""
+    rows = [{"tokens": [index + 1] * 4 + [50 + index] * 8, "prompt_len": 4, "id": str(index)} for index in range(2)]
+    data = write_lines(tmp_path / "unknown.jsonl", rows)
+    monkeypatch.setattr(command, "localize", None)
+    with pytest.raises(ValueError, match=r"none of the 2 sequences can be extracted: at most \d tokens .*--min-tokens"):
+        run(replace(small, data=data, others=small.data))
+    assert not small.out.exists()
 
 
 def test_scores_are_kept(small, monkeypatch):
