@@ -1,5 +1,6 @@
 """A memorized sequence: the tokens of a text, split into a prompt that is given and a suffix that is recited."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -282,6 +283,25 @@ def decode(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> str:
     """Decode tokens exactly: no clean-up of spaces, special tokens kept."""
     assert model.tokenizer is not None
     return model.tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)
+
+
+def drawn(sequences: list[MemorizedSequence], count: int, seed: int) -> list[MemorizedSequence]:
+    """Return some of the sequences, drawn at random, in their order.
+
+    Args:
+        sequences: to draw from.
+        count: number to draw; 0, or as many as there are, takes all.
+        seed: of the draw.
+
+    Example:
+        >>> from memloc_lens.sequence import drawn
+        >>> [own.id for own in drawn(load_sequences(model)[:3], count=2, seed=0)]
+        ['passage-012', 'passage-013']
+    """
+    if count == 0 or count >= len(sequences):
+        return sequences
+    chosen = sorted(random.Random(seed).sample(range(len(sequences)), count))
+    return [sequences[index] for index in chosen]
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ Chang et al. (2024), sec. 3.2. For each target sequence and method:
 A good localizer lowers self accuracy and nothing else.
 """
 
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -56,7 +55,7 @@ from memloc_lens.runs.scores import kept_scores, origin, score_file
 from memloc_lens.runs.settings import batches_of, identities, open_folder
 from memloc_lens.runs.statistics import summarize
 from memloc_lens.runs.visible import visible
-from memloc_lens.sequence import MemorizedSequence, equal_length_batches
+from memloc_lens.sequence import MemorizedSequence, drawn, equal_length_batches
 from memloc_lens.tables.terminal import print_comparison
 
 
@@ -199,8 +198,8 @@ def load_material(settings: DeletionSettings) -> Material:
         model,
         memorized,
         targets=memorized[: settings.limit or None],
-        others=_draw(memorized, settings.negatives, settings.seed),
-        controls=_draw(controls, settings.controls, settings.seed),
+        others=drawn(memorized, settings.negatives, settings.seed),
+        controls=drawn(controls, settings.controls, settings.seed),
         text=text,
         means=means,
         batch=settings.batch,
@@ -212,13 +211,6 @@ def load_material(settings: DeletionSettings) -> Material:
 def _check_ids(sequences: list[MemorizedSequence], source: object) -> None:
     if len({sequence.id for sequence in sequences}) < len(sequences):
         raise ValueError(f"a test and a control sequence of {source} share an id; every record needs its own")
-
-
-def _draw(sequences: list[MemorizedSequence], count: int, seed: int) -> list[MemorizedSequence]:
-    if count == 0 or count >= len(sequences):
-        return sequences
-    chosen = sorted(random.Random(seed).sample(range(len(sequences)), count))
-    return [sequences[index] for index in chosen]
 
 
 @dataclass(frozen=True)

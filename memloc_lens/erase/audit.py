@@ -123,10 +123,10 @@ def _parts(
 
 def _run(parts: Parts) -> dict[tuple[str, str, str], Any]:
     def worker(job: Job) -> Iterator[Record]:
-        for key in job.keys:
-            yield {"part": key[0], "method": key[1], "sequence": key[2], "found": parts[key]()}  # type: ignore[index]
+        part, method, sequence = job.content
+        yield {"part": part, "method": method, "sequence": sequence, "found": parts[job.content]()}
 
-    jobs = [Job((key,)) for key in parts]
+    jobs = [Job((key,), key) for key in parts]
     records = run_jobs(lambda: worker, jobs, InMemory("part", "method", "sequence"), description="audit", unit="part")
     return {(record["part"], record["method"], record["sequence"]): record["found"] for record in records}
 

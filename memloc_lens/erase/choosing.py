@@ -25,7 +25,7 @@ from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_model
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
 from memloc_lens.erase.damage import Budget, Spared, Utility, neg_loss, ppl_rise
-from memloc_lens.erase.variants import VARIANTS, runs
+from memloc_lens.erase.variants import VARIANTS, longest_pieces, runs
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import free_running
 from memloc_lens.sequence import MemorizedSequence, check_sequences
@@ -195,6 +195,29 @@ def choose(
     cells = zip(sequences, search.sets, limits, written, left, strict=True)
     targets = [Target(own.id, len(chosen), most, *told) for own, chosen, most, *told in cells]
     return Erasure(search.union, targets, before, steps, budget)
+
+
+def check_extracted(
+    model: HookedTransformer, sequences: Sequence[MemorizedSequence], limit: int | None = None, batch: int = 16
+) -> None:
+    """Refuse sequences of which none can be extracted: there is nothing to erase.
+
+    Args:
+        model: used as it is.
+        sequences: to erase.
+        limit: as for `choose`.
+        batch: maximum number of prompts at a time.
+
+    Raises:
+        ValueError: with the most tokens that are written in one piece.
+    """
+    longest = [max(longest_pieces(model, own, batch).values()) for own in sequences]
+    limits = [limit_of("unextractable", limit, len(own.suffix)) for own in sequences]
+    if sequences and all(most < least for most, least in zip(longest, limits, strict=True)):
+        raise ValueError(
+            f"none of the {len(longest)} sequences can be extracted: at most {max(longest)} tokens of a suffix are "
+            "written in one piece, by any prompt; there is nothing to erase, unless fewer tokens count (--min-tokens)"
+        )
 
 
 class _Search:

@@ -12,7 +12,6 @@ That a text cannot be extracted is not a proof that it is gone: a set that is sw
 """
 
 import json
-import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -29,12 +28,11 @@ from memloc_lens.checks import check_choice, check_first_layer, check_number
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.erase.checkpoint import check_free, check_target, write_checkpoint
-from memloc_lens.erase.choosing import Erasure, choose
+from memloc_lens.erase.choosing import Erasure, check_extracted, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
 from memloc_lens.erase.kept import localize
 from memloc_lens.erase.table import print_erasure
-from memloc_lens.erase.variants import longest_pieces
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
@@ -47,8 +45,7 @@ from memloc_lens.runs.methods import AnyLocalizer, configured, reads_context, re
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import RunSettings
 from memloc_lens.runs.visible import visible
-from memloc_lens.sequence import MemorizedSequence
-from memloc_lens.smallest_set import limit_of
+from memloc_lens.sequence import MemorizedSequence, drawn
 
 
 @dataclass(frozen=True)
@@ -206,27 +203,15 @@ def _material(
     memorized = load(settings.data)
     targets = memorized[: settings.limit or None]
     rest = memorized[len(targets) :] if settings.others is None else load(settings.others)
-    others = [own for own in _drawn(rest, settings.negatives, settings.seed) if not shares_text(own, targets)]
+    others = [own for own in drawn(rest, settings.negatives, settings.seed) if not shares_text(own, targets)]
     spared = Spared(_text(settings, model), others)
     check_losses(model, [*targets, *others], settings.batch)
-    _check_extracted(settings, model, targets)
+    check_extracted(model, targets, settings.min_tokens, settings.batch)
     if any(map(reads_context, settings.localizers())):
         dev = load(settings.data, "dev")
         settings = with_context(settings, model, [*dev, *reversed(rest)], [*targets, *others], spared.text)
     spared.check_disjoint(targets)
     return targets, spared, settings
-
-
-def _check_extracted(settings: EraseSettings, model: HookedTransformer, targets: list[MemorizedSequence]) -> None:
-    """Refuse sequences of which none can be extracted: there is nothing to erase."""
-    longest = [longest_pieces(model, target, settings.batch) for target in targets]
-    limits = [limit_of("unextractable", settings.min_tokens, len(target.suffix)) for target in targets]
-    if all(max(own.values()) < limit for own, limit in zip(longest, limits, strict=True)):
-        most = max(length for own in longest for length in own.values())
-        raise ValueError(
-            f"none of the {len(targets)} sequences can be extracted: at most {most} tokens of a suffix are written in "
-            "one piece, by any prompt; there is nothing to erase, unless you lower --min-tokens"
-        )
 
 
 def _text(settings: EraseSettings, model: HookedTransformer) -> Int[Tensor, "row pos"] | None:
@@ -235,12 +220,6 @@ def _text(settings: EraseSettings, model: HookedTransformer) -> Int[Tensor, "row
             raise ValueError(f"{settings.model} has no tokenizer to read text with, for the perplexity")
         return None
     return text_rows(model, load_texts(settings.text or HELD_OUT), settings.text_tokens, bos=settings.bos)
-
-
-def _drawn(sequences: list[MemorizedSequence], count: int, seed: int) -> list[MemorizedSequence]:
-    if count == 0 or count >= len(sequences):
-        return sequences
-    return [sequences[index] for index in sorted(random.Random(seed).sample(range(len(sequences)), count))]
 
 
 def show(settings: EraseSettings, erasure: Erasure) -> None:

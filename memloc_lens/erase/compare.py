@@ -229,8 +229,10 @@ def _sentences(comparison: Comparison) -> Iterator[str]:
         yield "an erasure: output matrices alone differ, and all that differs is zero in the second checkpoint"
     else:
         yield "not an erasure: more differs than output weights that are zero in the second checkpoint"
-    for number, which in enumerate(("first", "second")) if comparison.recited else ():
-        own, other = comparison.recited[number], comparison.recited[1 - number]  # type: ignore[index]
+    if comparison.recited is None:
+        return
+    first, second = comparison.recited
+    for which, own, other in (("first", first, second), ("second", second, first)):
         alone = [id for id in own if id not in other]
         yield f"the {which} recites {len(own)}; alone: {', '.join(map(visible, alone)) or 'none'}"
 

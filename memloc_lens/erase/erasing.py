@@ -11,7 +11,7 @@ from transformer_lens import HookedTransformer
 from memloc_lens.checks import check_model
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
-from memloc_lens.erase.choosing import Erasure, choose
+from memloc_lens.erase.choosing import Erasure, check_extracted, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.localizers import IterativeGradient, Protect
 from memloc_lens.localizers.scoring import AnyLocalizer
@@ -65,7 +65,8 @@ def erase_sequences(
         see `Erasure.succeeded`.
 
     Raises:
-        ValueError: if an argument cannot be used, or the sequences share text with what is spared or the context.
+        ValueError: if an argument cannot be used, none of the sequences can be extracted, or they share text with what
+            is spared or the context.
 
     Example:
         >>> others = load_sequences(model)[100:104]
@@ -79,6 +80,7 @@ def erase_sequences(
     localizer = localizer or default_localizer(context, first_layer, scope, component)
     localizer = configured(localizer, component, context, first_layer=first_layer, scope=scope)
     spared.check_disjoint(sequences, context_of(localizer))
+    check_extracted(model, sequences)
     kind = component_of(component)
     scores = checked_scores(localizer, model, sequences, kind)
     erasure = choose(model, sequences, scores, spared, budget, first_layer=first_layer, scope=scope, component=kind)

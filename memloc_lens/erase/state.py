@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 from jaxtyping import Int
 from torch import Tensor
@@ -111,7 +112,7 @@ def state_of(model: HookedTransformer, texts: Texts, samples: int = 1000, share:
 
 MEASURES: Mapping[str, Callable[[Recitation], float]] = {
     "recited": lambda found: 100.0 * (found.strength == 1),
-    **{field.name: lambda found, name=field.name: float(getattr(found, name)) for field in fields(Recitation)},  # type: ignore[misc]
+    **{field.name: attrgetter(field.name) for field in fields(Recitation)},
 }
 """What is summarized of recitations: the share that is recited whole, in points, and the fields of `Recitation`."""
 
