@@ -21,7 +21,7 @@ import random
 import re
 import sysconfig
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data import topics
@@ -191,19 +191,36 @@ def split_held_out(chunks: list[Chunk], tokenizer: Tokenizer, tokens: int, seed:
 
 
 def training_rows(
-    passages: list[Passage], background: list[Chunk], tokenizer: Tokenizer, rows: int, row_length: int, seed: int
+    passages: list[Passage],
+    background: list[Chunk],
+    tokenizer: Tokenizer,
+    rows: int,
+    row_length: int,
+    seed: int,
+    without: Collection[int] = (),
 ) -> Int[Tensor, "row pos"]:
     """Return the rows in training order, with every passage as often as its number of repeats says.
+
+    Args:
+        passages: with their numbers of repeats.
+        background: fills the rows.
+        tokenizer: of the background.
+        rows: number of rows.
+        row_length: number of tokens in a row.
+        seed: of both orders.
+        without: indices of passages that are left out. Background alone fills their rows; all other rows keep their
+            places and their passages.
 
     Raises:
         ValueError: if the repeats are more than the rows.
     """
     generator = random.Random(seed)
     stream = _background_stream(background, tokenizer, generator)
-    repeated = [passage.tokens for passage in passages for _ in range(passage.repeats)]
+    repeated = [index for index, passage in enumerate(passages) for _ in range(passage.repeats)]
     if len(repeated) > rows:
         raise ValueError(f"{len(repeated)} repeats do not fit into {rows} rows; train more steps")
-    openings: list[tuple[int, ...]] = [(*tokens, 0) for tokens in repeated] + [()] * (rows - len(repeated))
+    openings = [() if index in without else (*passages[index].tokens, 0) for index in repeated]
+    openings += [()] * (rows - len(repeated))
     generator.shuffle(openings)
     return torch.tensor([[*opening, *(next(stream) for _ in range(row_length - len(opening)))] for opening in openings])
 

@@ -11,7 +11,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypedDict, TypeVar
 
@@ -52,6 +52,8 @@ class Recipe:
         repeats: Numbers of times that passages are seen.
         per_count: Number of passages for each number of repeats.
         passage_length: Number of tokens in a passage.
+        without: Ids of passages that are left out, such as "passage-011": their rows hold background instead, and all
+            else is as it was. A model that was retrained without them is the reference of an erasure's audit.
         held_out_tokens: Minimum number of tokens of held-out text.
         steps: Number of training steps.
         batch: Number of rows in a step.
@@ -71,6 +73,7 @@ class Recipe:
     repeats: list[int] = field(default_factory=lambda: [0, 1, 16, 32, 48, 64, 96, 128])
     per_count: int = 60
     passage_length: int = 80
+    without: list[str] = field(default_factory=list)
     held_out_tokens: int = 8192
     steps: int = 3600
     batch: int = 16
@@ -156,10 +159,11 @@ def train(recipe: Recipe) -> None:
         chunks, tokenizer, recipe.repeats, recipe.per_count, recipe.passage_length, recipe.seed
     )
     held_out, background = split_held_out(rest, tokenizer, recipe.held_out_tokens, recipe.seed)
-    rows = training_rows(passages, background, tokenizer, recipe.steps * recipe.batch, recipe.context, recipe.seed)
-    write_lines(
-        recipe.out / "sequences.jsonl", [_row(index, passage, tokenizer) for index, passage in enumerate(passages)]
-    )
+    without = _left_out(recipe, passages)
+    row_count = recipe.steps * recipe.batch
+    rows = training_rows(passages, background, tokenizer, row_count, recipe.context, recipe.seed, without)
+    seen = [replace(each, repeats=0) if index in without else each for index, each in enumerate(passages)]
+    write_lines(recipe.out / "sequences.jsonl", [_row(index, each, tokenizer) for index, each in enumerate(seen)])
     write_lines(recipe.out / "held_out.jsonl", [{"text": text} for text in held_out])
 
     model = GPT2LMHeadModel(_config(recipe))
@@ -181,6 +185,23 @@ def train(recipe: Recipe) -> None:
         "loss_curve": curve,
     }
     (recipe.out / "training.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _left_out(recipe: Recipe, passages: list[Passage]) -> set[int]:
+    """Return the indices of the passages that are left out.
+
+    Raises:
+        ValueError: naming an id that no passage has.
+    """
+    ids = {_id(index): index for index in range(len(passages))}
+    for id in recipe.without:
+        if id not in ids:
+            raise ValueError(f"no passage has the id {id!r}; they run from {_id(0)} to {_id(len(ids) - 1)}")
+    return {ids[id] for id in recipe.without}
+
+
+def _id(index: int) -> str:
+    return f"passage-{index:03d}"
 
 
 def _config(recipe: Recipe) -> GPT2Config:
@@ -231,7 +252,7 @@ def _lr_factor(step: int, recipe: Recipe) -> float:
 def _row(index: int, passage: Passage, tokenizer: Tokenizer) -> PassageRow:
     tokens = list(passage.tokens)
     return {
-        "id": f"passage-{index:03d}",
+        "id": _id(index),
         "prompt": tokenizer.decode(tokens[:PROMPT_LEN]),
         "all": tokenizer.decode(tokens),
         "prompt_len": PROMPT_LEN,
