@@ -2,9 +2,10 @@
 
 1. Sequence after sequence, with the union of the sets so far switched off: the smallest set of what is still
    extractable is added (`memloc_lens.smallest_set`).
-2. The model is asked for every sequence with every prompt variant (`VARIANTS`), by greedy decoding. A sequence is
-   extracted if half of its suffix, rounded up, is written in one piece. The sets of those that still are grow along
-   their nested sets, until none is extracted or more is lost than the budget allows.
+2. The model is asked for every sequence with every prompt variant (`VARIANTS`). By default a sequence is extracted if
+   greedy decoding writes half of its suffix, rounded up, in one piece; see `memloc_lens.erase.criteria` for others. The
+   sets of those that still are grow along their nested sets, until none is extracted or more is lost than the budget
+   allows.
 
 What is lost is measured after every step, so that a set that costs too much comes with the way there.
 """
@@ -24,18 +25,15 @@ from transformer_lens import HookedTransformer
 from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_model
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
+from memloc_lens.erase.criteria import UNITS, Left, left_of
 from memloc_lens.erase.damage import Budget, Spared, Utility, neg_loss, ppl_rise
-from memloc_lens.erase.variants import VARIANTS, longest_pieces, runs
+from memloc_lens.erase.variants import prompts_of
 from memloc_lens.forward import PrefixCache
-from memloc_lens.generation import free_running
 from memloc_lens.sequence import MemorizedSequence, check_sequences
-from memloc_lens.smallest_set import limit_of, smallest_set
+from memloc_lens.smallest_set import Until, limit_of, smallest_set
 
 GROWTH = 1.25
 """Factor by which the set of a sequence grows that is still extracted."""
-
-Runs = dict[str, int]
-"""By prompt variant: the number of tokens of the suffix that are written in one piece."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,20 @@ class Target:
     Args:
         id: of the sequence.
         own: number of components in its own set.
-        limit: number of tokens in one piece at which it counts as extracted.
-        before: what the whole model writes of it.
-        after: what is written without the components.
+        limit: from which it counts as extracted, in the unit of the criterion.
+        before: what the whole model gives of it, by prompt.
+        after: what is left without the components.
     """
 
     id: str
     own: int
-    limit: int
-    before: Runs
-    after: Runs
+    limit: float
+    before: Left
+    after: Left
 
-    def extracted(self, by: Runs) -> list[str]:
+    def extracted(self, by: Left) -> list[str]:
         """Return the variants that extract it."""
-        return [name for name, run in by.items() if run >= self.limit]
+        return [name for name, left in by.items() if left >= self.limit]
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ class Erasure:
         before: utility of the whole model.
         steps: the way to the set; the last one is the set.
         budget: that was given.
+        until: the criterion of extraction.
     """
 
     components: ComponentSet
@@ -95,6 +94,7 @@ class Erasure:
     before: Utility
     steps: list[Step]
     budget: Budget
+    until: Until = "unextractable"
 
     @property
     def after(self) -> Utility:
@@ -135,7 +135,8 @@ def choose(
     spared: Spared,
     budget: Budget = Budget(),  # noqa: B008 (it is frozen)
     *,
-    limit: int | None = None,
+    until: Until = "unextractable",
+    limit: float | None = None,
     first_layer: int = 0,
     scope: Scope = "layer",
     component: Component = NEURONS,
@@ -150,7 +151,8 @@ def choose(
         scores: of each sequence, as a localizer returns them.
         spared: what should stay as it is; disjoint from the sequences and from what the localizer has read.
         budget: how much may be lost.
-        limit: number of tokens of a suffix in one piece that count as extracted. Default: half of it, rounded up.
+        until: what must be below the limit with every prompt: see `memloc_lens.erase.criteria`.
+        limit: in tokens, in points, or a probability. Default: half of the suffix, rounded up; 50 points; 0.1.
         first_layer: layers before it are left alone.
         scope: take the highest scores of every layer, or of all layers together.
         component: kind of the components.
@@ -175,48 +177,54 @@ def choose(
     sequences = check_sequences(model, sequences)
     if not sequences or len(scores) != len(sequences):
         raise ValueError(f"{len(sequences)} sequences and {len(scores)} scores were given; give as many of both")
-    limits = [int(limit_of("unextractable", limit, len(sequence.suffix))) for sequence in sequences]
-    search = _Search(model, sequences, scores, first_layer, scope, component, batch)
+    limits = [limit_of(until, limit, len(sequence.suffix)) for sequence in sequences]
+    search = _Search(model, sequences, scores, until, first_layer, scope, component, batch)
     measure = partial(spared.utility, model, batch, search.prefix)
-    written, before, steps = search.written(), measure(), []
+    given, before, steps = search.left(), measure(), []
     for index in tqdm(range(len(sequences)), desc="choose", unit="sequence", disable=not progress):
         search.add(index, limit)
         with ablate(model, search.union):
             steps.append(Step(sequences[index].id, len(search.union), measure()))
     while True:
         with ablate(model, search.union):
-            left = search.written()
+            left = search.left()
         extracted = [index for index, own in enumerate(left) if max(own.values()) >= limits[index]]
         steps[-1] = replace(steps[-1], extracted=len(extracted))
         if not budget.allows(before, steps[-1].utility) or not search.grow(extracted):
             break
         with ablate(model, search.union):
             steps.append(Step(f"growth {len(steps) + 1 - len(sequences)}", len(search.union), measure()))
-    cells = zip(sequences, search.sets, limits, written, left, strict=True)
+    cells = zip(sequences, search.sets, limits, given, left, strict=True)
     targets = [Target(own.id, len(chosen), most, *told) for own, chosen, most, *told in cells]
-    return Erasure(search.union, targets, before, steps, budget)
+    return Erasure(search.union, targets, before, steps, budget, until)
 
 
 def check_extracted(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], limit: int | None = None, batch: int = 16
+    model: HookedTransformer,
+    sequences: Sequence[MemorizedSequence],
+    until: Until = "unextractable",
+    limit: float | None = None,
+    batch: int = 16,
 ) -> None:
     """Refuse sequences of which none can be extracted: there is nothing to erase.
 
     Args:
         model: used as it is.
         sequences: to erase.
+        until: as for `choose`.
         limit: as for `choose`.
         batch: maximum number of prompts at a time.
 
     Raises:
-        ValueError: with the most tokens that are written in one piece.
+        ValueError: with the most that is left of one.
     """
-    longest = [max(longest_pieces(model, own, batch).values()) for own in sequences]
-    limits = [limit_of("unextractable", limit, len(own.suffix)) for own in sequences]
-    if sequences and all(most < least for most, least in zip(longest, limits, strict=True)):
+    most = [max(left.values()) for left in left_of(model, prompts_of(model, sequences), until, batch)]
+    limits = [limit_of(until, limit, len(own.suffix)) for own in sequences]
+    if sequences and all(left < least for left, least in zip(most, limits, strict=True)):
         raise ValueError(
-            f"none of the {len(longest)} sequences can be extracted: at most {max(longest)} tokens of a suffix are "
-            "written in one piece, by any prompt; there is nothing to erase, unless fewer tokens count (--min-tokens)"
+            f"none of the {len(most)} sequences can be extracted: by any prompt, the {UNITS[until]}, is at most "
+            f"{max(most):.4g}, and extracted is what has {min(limits):g}; there is nothing to erase, unless less "
+            "counts (--until-limit) or something else does (--until accuracy)"
         )
 
 
@@ -228,32 +236,34 @@ class _Search:
         model: HookedTransformer,
         sequences: list[MemorizedSequence],
         scores: Sequence[Tensor] | Tensor,
+        until: Until,
         first_layer: int,
         scope: Scope,
         component: Component,
         batch: int,
     ) -> None:
-        self.model, self.sequences, self.scores = model, sequences, scores
+        self.model, self.sequences, self.scores, self.until = model, sequences, scores, until
         self.first_layer, self.scope, self.component, self.batch = first_layer, scope, component, batch
         nothing = ComponentSet(torch.zeros(component.shape(model), dtype=torch.bool), component)
         self.sets, self.counts = [nothing] * len(sequences), [0] * len(sequences)
         layers, *unit = nothing.shape
         self.width = math.prod(unit) * (1 if scope == "layer" else layers - first_layer)
         self.prefix = PrefixCache(model, first_layer)
-        self.prompts = {name: [vary(model, own) or own for own in sequences] for name, vary in VARIANTS.items()}
+        self.prompts = prompts_of(model, sequences)
 
     @property
     def union(self) -> ComponentSet:
         """The components of all sets."""
         return reduce(or_, self.sets)
 
-    def add(self, index: int, limit: int | None) -> None:
+    def add(self, index: int, limit: float | None) -> None:
         """Take the smallest set of a sequence, with the union of the others switched off."""
         with ablate(self.model, self.union):
             found = smallest_set(
                 self.model,
                 self.sequences[index],
                 self.scores[index],
+                self.until,
                 limit=limit,
                 first_layer=self.first_layer,
                 scope=self.scope,
@@ -275,10 +285,6 @@ class _Search:
                 self.scores[index], count / self.width, self.first_layer, self.scope, "nearest", self.component
             )
 
-    def written(self) -> list[Runs]:
-        """Return what the model writes of every sequence, asked in every way, under the ablation that is open."""
-        found: list[Runs] = [{} for _ in self.sequences]
-        for name, prompts in self.prompts.items():
-            for own, run in zip(found, runs(free_running(self.model, prompts, self.batch), prompts), strict=True):
-                own[name] = run
-        return found
+    def left(self) -> list[Left]:
+        """Return what is left of every sequence, asked in every way, under the ablation that is open."""
+        return left_of(self.model, self.prompts, self.until, self.batch)

@@ -46,6 +46,7 @@ from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import RunSettings
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, drawn
+from memloc_lens.smallest_set import Until, check_until
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,10 @@ class EraseSettings(RunSettings):
         out: Folder to write, which must not exist. Beside it, OUT.work keeps scores and what was reached.
         max_ppl_rise: Most that the perplexity of other text may rise, in percent.
         max_neg_loss: Most that the accuracy of other memorized sequences may fall, in points.
-        min_tokens: Number of tokens of a suffix, written in one piece, that count as extracted. Default: half of the
-            suffix, rounded up.
+        until: What must be below the limit, whatever the prompt: "unextractable", tokens of the suffix that greedy
+            decoding writes in one piece; "greedy", tokens before its first mistake; "accuracy", teacher-forced, in
+            points; "sampled", the probability that one of 1000 samples is the suffix.
+        until_limit: The limit. Default: half of the suffix, rounded up; 50 points; 0.1.
         others: Other memorized sequences, which should stay: a file as for data. Default: those of the data after the
             limit.
         negatives: Number of them to measure on, drawn once; 0 takes all.
@@ -89,7 +92,8 @@ class EraseSettings(RunSettings):
     out: Path = Path("erased")
     max_ppl_rise: float = 2.0
     max_neg_loss: float = 2.0
-    min_tokens: int | None = None
+    until: Until = "unextractable"
+    until_limit: float | None = None
     others: str | Path | None = None
     negatives: int = 64
     text: Path | None = None
@@ -105,9 +109,9 @@ class EraseSettings(RunSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("scope", self.scope, ("layer", "global"))
-        for name in ("prompt_len", "min_tokens"):
-            if getattr(self, name) is not None:
-                check_number(name, getattr(self, name), least=1, whole=True)
+        check_until(self.until, self.until_limit)
+        if self.prompt_len is not None:
+            check_number("prompt_len", self.prompt_len, least=1, whole=True)
         for name in ("negatives", "first_layer"):
             check_number(name, getattr(self, name), least=0, whole=True)
         for name in ("batch", "text_tokens"):
@@ -169,7 +173,7 @@ def run(settings: EraseSettings) -> Erasure:
 def _run(settings: EraseSettings) -> Erasure:
     model = settings.load_model()
     check_target(settings.model, settings.out)
-    targets, spared, settings = _material(settings, model)
+    targets, spared, settings = material(settings, model)
     (localizer,), kind = settings.localizers(), component_of(settings.component)
     with settings.memory_budget(model), fast_products(model.cfg.device):
         erasure = choose(
@@ -178,7 +182,8 @@ def _run(settings: EraseSettings) -> Erasure:
             localize(settings.work, model, targets, localizer, kind, settings.batch),
             spared,
             settings.budget,
-            limit=settings.min_tokens,
+            until=settings.until,
+            limit=settings.until_limit,
             first_layer=settings.first_layer,
             scope=settings.scope,
             component=kind,
@@ -194,10 +199,17 @@ def _run(settings: EraseSettings) -> Erasure:
     return erasure
 
 
-def _material(
+def material(
     settings: EraseSettings, model: HookedTransformer
 ) -> tuple[list[MemorizedSequence], Spared, EraseSettings]:
-    """Load what is erased, what is spared, and the context of the method."""
+    """Load what is erased, what is spared, and the context of the method.
+
+    Returns:
+        The sequences to erase, what is spared, and the settings with a method that knows its context.
+
+    Raises:
+        ValueError: if a setting does not fit the model, files cannot be used, or no sequence can be extracted.
+    """
     check_first_layer(settings.first_layer, model.cfg.n_layers)
     load = partial(load_sequences, model, prompt_len=settings.prompt_len, bos=settings.bos)
     memorized = load(settings.data)
@@ -206,7 +218,7 @@ def _material(
     others = [own for own in drawn(rest, settings.negatives, settings.seed) if not shares_text(own, targets)]
     spared = Spared(_text(settings, model), others)
     check_losses(model, [*targets, *others], settings.batch)
-    check_extracted(model, targets, settings.min_tokens, settings.batch)
+    check_extracted(model, targets, settings.until, settings.until_limit, settings.batch)
     if any(map(reads_context, settings.localizers())):
         dev = load(settings.data, "dev")
         settings = with_context(settings, model, [*dev, *reversed(rest)], [*targets, *others], spared.text)

@@ -20,6 +20,7 @@ from memloc_lens.runs.methods import checked_scores, configured, context_of, set
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.settings import identities
 from memloc_lens.sequence import MemorizedSequence, check_sequences
+from memloc_lens.smallest_set import Until
 
 # chosen on the embedded model's dev sequences: sets of single weights are a few thousandths of all
 PRESETS: Mapping[str, Mapping[str, AnyLocalizer]] = {
@@ -36,6 +37,8 @@ def erase_sequences(
     spared: Spared,
     context: Sequence[MemorizedSequence] = (),
     budget: Budget = Budget(),  # noqa: B008 (it is frozen)
+    until: Until = "unextractable",
+    limit: float | None = None,
     first_layer: int = 1,
     scope: Scope = "global",
     component: ComponentName = "weight",
@@ -54,6 +57,8 @@ def erase_sequences(
         spared: what should stay as it is, and is measured.
         context: other text that the localizer may read, disjoint from all that is measured.
         budget: how much may be lost.
+        until: what must be below the limit with every prompt, as for `choose`.
+        limit: in tokens, in points, or a probability, as for `choose`.
         first_layer: layers before it are left alone.
         scope: take the highest scores of every layer, or of all layers together.
         component: kind of component: weight (the least damage), neuron (the least memory), or head.
@@ -80,10 +85,21 @@ def erase_sequences(
     localizer = localizer or default_localizer(context, first_layer, scope, component)
     localizer = configured(localizer, component, context, first_layer=first_layer, scope=scope)
     spared.check_disjoint(sequences, context_of(localizer))
-    check_extracted(model, sequences)
+    check_extracted(model, sequences, until, limit)
     kind = component_of(component)
     scores = checked_scores(localizer, model, sequences, kind)
-    erasure = choose(model, sequences, scores, spared, budget, first_layer=first_layer, scope=scope, component=kind)
+    erasure = choose(
+        model,
+        sequences,
+        scores,
+        spared,
+        budget,
+        until=until,
+        limit=limit,
+        first_layer=first_layer,
+        scope=scope,
+        component=kind,
+    )
     if out is not None and erasure.succeeded:
         about = described(erasure, model, sequences, localizer)
         write_checkpoint(source, out, erasure.components, model=model, about=about)
@@ -126,6 +142,7 @@ def reached(erasure: Erasure) -> dict[str, Any]:
     return {
         "succeeded": erasure.succeeded,
         "budget": asdict(erasure.budget),
+        "until": erasure.until,
         "before": asdict(erasure.before),
         "after": asdict(erasure.after),
         "targets": [asdict(target) for target in erasure.targets],

@@ -206,7 +206,7 @@ def resurfacing(erased: Sequence[Relearned], new: Sequence[Relearned]) -> Resurf
     """
     if not erased or not new:
         raise ValueError(f"there are {len(erased)} erased texts and {len(new)} new ones; give at least one of each")
-    ours, theirs = _median_steps(erased), _median_steps(new)
+    ours, theirs = median_steps(erased), median_steps(new)
     if ours == theirs == math.inf:
         return Resurfacing(ratio=None, bound="unknown")
     if ours == math.inf:
@@ -216,6 +216,7 @@ def resurfacing(erased: Sequence[Relearned], new: Sequence[Relearned]) -> Resurf
     return Resurfacing(ratio=theirs / ours, bound="exact")
 
 
-def _median_steps(relearned: Sequence[Relearned]) -> float:
+def median_steps(relearned: Sequence[Relearned]) -> float:
+    """Return the lower median of the steps, at least 1; infinity if the median text is not learned."""
     steps = (math.inf if each["steps"] is None else max(each["steps"], 1) for each in relearned)
     return statistics.median_low(steps)

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from memloc_lens.erase.choosing import Erasure, Step, Target
+from memloc_lens.erase.criteria import UNITS
 from memloc_lens.erase.damage import neg_loss, ppl_rise
 from memloc_lens.runs.visible import plain
 from memloc_lens.tables.terminal import wide_console
@@ -25,7 +26,7 @@ def print_erasure(erasure: Erasure, console: Console | None = None) -> None:
     console = wide_console(console)
     kind = erasure.components.component
     count, total = len(erasure.targets), len(erasure.components)
-    title = f"{count} sequences, {total} {kind.plural}: longest part of a suffix that is written, in tokens"
+    title = f"{count} sequences, {total} {kind.plural}: {UNITS[erasure.until]}"
     table = Table(title=plain(title), title_justify="left")
     table.add_column("sequence")
     for heading in ("counts from", "before", "after", "asked by", f"own {kind.plural}", f"{kind.plural} so far"):
@@ -43,7 +44,8 @@ def print_erasure(erasure: Erasure, console: Console | None = None) -> None:
 
 def _told(target: Target) -> list[str]:
     worst = max(target.after, key=lambda name: target.after[name])
-    return [str(target.limit), str(max(target.before.values())), str(target.after[worst]), worst]
+    values = (target.limit, max(target.before.values()), target.after[worst])
+    return [*(f"{value:.3g}" for value in values), worst]
 
 
 def _cost(erasure: Erasure, step: Step) -> list[str]:

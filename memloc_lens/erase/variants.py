@@ -7,12 +7,9 @@ Each variant is followed by the true suffix, or by what is left of it.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.prompts import EVERY, PROMPTS, without_first
-from memloc_lens.generation import Predictions, free_running
 from memloc_lens.sequence import MemorizedSequence, decode
 
 Variant = Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence | None]
@@ -103,46 +100,19 @@ VARIANTS: Mapping[str, Variant] = {
 """Prompts by name. `cut` and `perturbed` are those of DEL."""
 
 
-def longest_run(written: Int[Tensor, " _"], suffix: Int[Tensor, " _"]) -> int:
-    """Return the length of the longest part of a suffix that was written, wherever it begins in either.
-
-    A model that goes on after one wrong token, or a few tokens later, still recites.
-
-    Example:
-        >>> longest_run(torch.tensor([9, 1, 2, 3]), torch.tensor([1, 2, 3, 4]))
-        3
-    """
-    same = written[:, None] == suffix[None]
-    lengths = torch.zeros(len(suffix) + 1, dtype=torch.long)
-    longest = 0
-    for row in same:
-        lengths[1:] = (lengths[:-1] + 1) * row
-        longest = max(longest, int(lengths.max()))
-    return longest
+Prompts = dict[str, list[MemorizedSequence]]
+"""By variant: every sequence with that prompt."""
 
 
-def runs(predictions: Predictions, sequences: Sequence[MemorizedSequence]) -> list[int]:
-    """Return the longest run of each sequence's suffix in what was generated for it."""
-    return [
-        longest_run(written, sequence.suffix.cpu()) for written, sequence in zip(predictions, sequences, strict=True)
-    ]
-
-
-def longest_pieces(model: HookedTransformer, sequence: MemorizedSequence, batch: int = 16) -> dict[str, int]:
-    """Return by prompt the number of tokens of a suffix that greedy decoding writes in one piece.
-
-    Args:
-        model: used as it is, ablated or not.
-        sequence: prompt and suffix.
-        batch: maximum number of prompts at a time.
+def prompts_of(model: HookedTransformer, sequences: Sequence[MemorizedSequence]) -> Prompts:
+    """Return all variants of some sequences; where there is no such variant, the sequence as it is.
 
     Example:
-        >>> longest_pieces(model, sequence)["own"]
-        48
+        >>> prompts = prompts_of(model, [sequence])
+        >>> prompts["shifted"][0].prompt_len
+        29
     """
-    prompts = {name: vary(model, sequence) or sequence for name, vary in VARIANTS.items()}
-    written = free_running(model, list(prompts.values()), batch)
-    return dict(zip(prompts, runs(written, list(prompts.values())), strict=True))
+    return {name: [vary(model, own) or own for own in sequences] for name, vary in VARIANTS.items()}
 
 
 def _mistyped(prompt: str) -> str:

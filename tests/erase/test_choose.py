@@ -21,7 +21,8 @@ from memloc_lens import (
 from memloc_lens.benchmarks.prompts import PROMPTS
 from memloc_lens.erase import Budget, Spared, choose, erase_sequences
 from memloc_lens.erase.choosing import GROWTH, _Search
-from memloc_lens.erase.variants import VARIANTS, longest_run
+from memloc_lens.erase.criteria import longest_run
+from memloc_lens.erase.variants import VARIANTS
 
 ANY = Budget(max_ppl_rise=1e9, max_neg_loss=100)
 
@@ -77,6 +78,33 @@ def test_what_is_left_is_what_a_zeroed_model_writes(model, component):
     assert erasure.after.accuracy == pytest.approx(100 * torch.stack(right).double().mean().item(), abs=1e-4)
 
 
+NAIVE = {
+    "greedy": lambda logits, suffix: next((n for n, r in enumerate(logits.argmax(-1) == suffix) if not r), len(suffix)),
+    "accuracy": lambda logits, suffix: 100 * (logits.argmax(-1) == suffix).double().mean().item(),
+    "sampled": lambda logits, suffix: 1 - (1 - logits.softmax(-1)[range(len(suffix)), suffix].prod().item()) ** 1000,
+}
+"""What is left of a suffix, from the logits at its tokens."""
+
+
+@pytest.mark.parametrize(("until", "limit"), [("greedy", 4), ("accuracy", 30), ("sampled", 0.2)])
+def test_other_criteria_against_a_zeroed_model(model, until, limit):
+    model, sequences, _ = model
+    scores = Gradient()(model, sequences)
+    erasure = choose(model, sequences, scores, Spared(), until=until, limit=limit, scope="global")
+    assert (erasure.extracted, erasure.until) == ([], until)
+    original = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.load_state_dict(without(model, erasure.components))
+    try:
+        for target, sequence in zip(erasure.targets, sequences, strict=True):
+            for name, vary in VARIANTS.items():
+                asked = vary(model, sequence) or sequence
+                logits = model(asked.tokens[None])[0, asked.prompt_len - 1 : -1]
+                assert target.after[name] == pytest.approx(NAIVE[until](logits, asked.suffix), abs=1e-9)
+                assert target.after[name] < target.limit == limit <= target.before["own"]
+    finally:
+        model.load_state_dict(original)
+
+
 def test_the_way_to_a_budget_that_is_too_small(model):
     model, sequences, _ = model
     targets, others = sequences[:3], sequences[3:]
@@ -98,10 +126,10 @@ def test_growth_ends_when_nothing_is_extracted(model, monkeypatch):
     """Of two sequences one is extracted until its own set has 20 components or more, whatever is asked."""
     model, sequences, _ = model
 
-    def written(search):
+    def left(search):
         return [{"own": 8 if search.counts[0] < 20 else 0}, {"own": 0}]
 
-    monkeypatch.setattr(_Search, "written", written)
+    monkeypatch.setattr(_Search, "left", left)
     scores = Activations()(model, sequences[:2])
     grown = choose(model, sequences[:2], scores, Spared(), limit=8, scope="global")
     first = grown.targets[0]

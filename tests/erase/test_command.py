@@ -53,7 +53,7 @@ def test_what_cannot_be_extracted_is_not_erased(small, monkeypatch, tmp_path):
     rows = [{"tokens": [index + 1] * 4 + [50 + index] * 8, "prompt_len": 4, "id": str(index)} for index in range(2)]
     data = write_lines(tmp_path / "unknown.jsonl", rows)
     monkeypatch.setattr(command, "localize", None)
-    with pytest.raises(ValueError, match=r"none of the 2 sequences can be extracted: at most \d tokens .*--min-tokens"):
+    with pytest.raises(ValueError, match=r"none of the 2 sequences can be extracted: at most \d, .*--until-limit"):
         run(replace(small, data=data, others=small.data))
     assert not small.out.exists()
 
@@ -95,7 +95,7 @@ def test_settings_are_refused_before_any_long_work(small, recited, monkeypatch, 
         (dict(max_ppl_rise=-1.0), "max_ppl_rise is -1"),
         (dict(method="nothing"), "no method is called 'nothing'"),
         (dict(method="integrated-gradients", component="weight"), "scores neurons only"),
-        (dict(min_tokens=0), "min_tokens is 0"),
+        (dict(until_limit=0), "the limit in tokens is 0"),
     ):
         with pytest.raises(ValueError, match=words):
             replace(small, **changes)
