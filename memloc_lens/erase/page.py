@@ -23,7 +23,7 @@ COLUMNS = {
 """Measures of recitations that are shown: their headings and formats."""
 
 INTRODUCTION = (
-    "This page tells whether texts that were erased from a model come back when one tries, and what else was lost. It "
+    "An audit tells whether texts that were erased from a model come back when one tries, and what else was lost. It "
     "can show that a text is still there. It cannot show that a text is gone: only that what was tried did not bring "
     "it back. Values are means with 95% BCa bootstrap intervals over texts; of few texts they are rough, and of a "
     "single one there are none. All values, those of each text among them, are in `audit.json`."
