@@ -56,8 +56,8 @@ class Table:
     rows: Sequence[Sequence[Cell]]
 
 
-Block = str | Table | list[str]
-"""A sentence, a table, or a list of points."""
+Block = str | list[str] | dict[str, str] | Table
+"""A sentence, a list of points, facts by name, or a table; sentences and points are ours, facts of any origin."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ def _markdown(block: Block) -> str:
         return block
     if isinstance(block, list):
         return "\n".join(f"- {point}" for point in block)
+    if isinstance(block, dict):
+        return "\n".join(f"- {markdown(name)}: {markdown(value)}" for name, value in block.items())
     rows = [block.headings, ["---"] * len(block.headings), *(map(_markdown_cell, row) for row in block.rows)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
@@ -149,7 +151,7 @@ def _head(found: Audit) -> Part:
         INTRODUCTION,
         table(("model", "name", "fingerprint of the weights"), models),
         table(("texts", "number"), counts),
-        table(("made by", ""), [(name, str(value)) for name, value in found["provenance"].items()]),
+        {name: str(value) for name, value in found["provenance"].items()},
     ]
     return Part("Audit of an erasure", blocks)
 

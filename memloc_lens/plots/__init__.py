@@ -1,4 +1,4 @@
-"""Pictures of runs, sequences and scores."""
+"""Pictures of runs, erasures, sequences and scores."""
 
 from memloc_lens.plots.cost import cost_figure
 from memloc_lens.plots.forgetting import forgetting_figure

@@ -51,7 +51,7 @@ def _erased(folder: Path) -> Part:
         return Part("What was erased", [f"`{ERASURE}` is not in the folder, so that only the audit is told."])
     told = read_table(folder / ERASURE)
     try:
-        blocks: list[Block] = [table(("erasure", ""), _facts(told)), *_measured(told)]
+        blocks: list[Block] = [dict(_facts(told)), *_measured(told)]
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / ERASURE} is damaged: {error!r}; remove it, or write the folder again") from error
     return Part("What was erased", blocks)

@@ -96,7 +96,7 @@ def sentence(text: str) -> Markup:
         >>> print(sentence("`a < b` & c"))
         <code>a &lt; b</code> &amp; c
     """
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(visible(text))))
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def script_json(value: Any) -> Markup:
