@@ -13,6 +13,8 @@ from memloc_lens.runs.records import read_table
 from memloc_lens.runs.schema import Cells, Interval
 from memloc_lens.runs.visible import markdown
 
+AUDIT = "audit.json"
+
 COLUMNS = {
     "recited": ("recited (%)", ".0f"),
     "prefix": ("tokens right", ".1f"),
@@ -92,7 +94,7 @@ def read_audit(folder: Path) -> Audit:
     Raises:
         ValueError: if the folder holds no audit, or one that is damaged or of another version.
     """
-    file = folder / "audit.json"
+    file = folder / AUDIT
     try:
         found = read_table(file)
     except OSError as error:

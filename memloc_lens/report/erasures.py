@@ -1,11 +1,12 @@
 """What the page tells about an erased checkpoint: what was erased and at what cost, and what its audit found."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from memloc_lens.erase.checkpoint import ERASURE
-from memloc_lens.erase.page import Block, Part, Table, parts, read_audit, table
+from memloc_lens.erase.page import AUDIT, Part, Table, parts, read_audit, table
 from memloc_lens.report.page import ErasureSection
 from memloc_lens.report.pictures import relearning_pictures
 from memloc_lens.runs.records import read_table
@@ -24,7 +25,7 @@ def is_erased(folder: Path) -> bool:
         >>> is_erased(Path("runs/erased")), is_erased(Path("runs/del"))
         (True, False)
     """
-    return any((folder / name).is_file() for name in (ERASURE, "audit.json"))
+    return any((folder / name).is_file() for name in (ERASURE, AUDIT))
 
 
 def erasure_section(folder: Path) -> ErasureSection:
@@ -41,20 +42,26 @@ def erasure_section(folder: Path) -> ErasureSection:
         ['What was erased', 'Audit of an erasure']
     """
     found = read_audit(folder)
-    return ErasureSection(
-        folder.name, [_erased(folder), *parts(found)], relearning_pictures(folder, found["relearning"])
-    )
+    with _readable(folder / AUDIT, "audit the checkpoint again"):
+        told, drawn = parts(found), relearning_pictures(folder, found["relearning"])
+    return ErasureSection(folder.name, [_erased(folder), *told], drawn)
+
+
+@contextmanager
+def _readable(file: Path, fix: str) -> Iterator[None]:
+    """Turn whatever a file with other content than expected leads to into one error."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {error!r}; {fix}") from error
 
 
 def _erased(folder: Path) -> Part:
     if not (folder / ERASURE).is_file():
         return Part("What was erased", [f"`{ERASURE}` is not in the folder, so that only the audit is told."])
     told = read_table(folder / ERASURE)
-    try:
-        blocks: list[Block] = [dict(_facts(told)), *_measured(told)]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / ERASURE} is damaged: {error!r}; remove it, or write the folder again") from error
-    return Part("What was erased", blocks)
+    with _readable(folder / ERASURE, "remove it, or write the folder again"):
+        return Part("What was erased", [dict(_facts(told)), *_measured(told)])
 
 
 def _facts(told: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

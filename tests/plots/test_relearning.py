@@ -7,6 +7,7 @@ import pytest
 
 from conftest import HOSTILE_ID
 from memloc_lens.plots import relearning_figure, save_figure
+from memloc_lens.plots.drawing import drawn
 
 
 @pytest.fixture
@@ -87,6 +88,15 @@ def test_ids_are_shown_as_they_are_written(audited, tmp_path):
     written = (tmp_path / "a.svg").read_text()
     assert "limit: half of the suffix" in written
     assert "opacity: 0.35" in written
+
+
+def test_means_lie_above_single_texts(audited):
+    figure = relearning_figure(audited)
+    (axes,) = drawn(figure, 3.3).axes
+    places = {trace.name: line.get_zorder() for trace, line in zip(figure.data, axes.lines, strict=True)}
+    means = {name for name in places if name.endswith("2 texts")}
+    assert len(means) == 3
+    assert min(places[name] for name in means) > max(place for name, place in places.items() if name not in means)
 
 
 def test_what_is_refused(audited, changed, tmp_path):

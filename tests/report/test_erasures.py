@@ -177,10 +177,23 @@ def test_what_is_refused(copied, tmp_path):
     (copied / "erasure.json").write_text(json.dumps({"component": "neuron"}))
     with pytest.raises(ValueError, match=r"erasure\.json is damaged: KeyError\('count'\); remove it"):
         write_report(settings)
+    found = json.loads((copied / "audit.json").read_text())
+    for change in ({"relearning": []}, {"extraction": {"own": {}}}, {"perplexity": {"before": 1}}):
+        (copied / "audit.json").write_text(json.dumps(found | change))
+        with pytest.raises(ValueError, match=r"audit\.json is damaged: .*; audit the checkpoint again"):
+            write_report(settings)
     (copied / "audit.json").unlink()
     with pytest.raises(ValueError, match=rf"holds no audit of an erasure .* memloc audit ORIGINAL .*{copied.name}"):
         write_report(settings)
     assert not settings.out.exists()
+
+
+def test_a_sentence_in_place_of_a_picture_names_no_single_text(page):
+    labels = [attributes["aria-label"] for _, attributes in page.elements if attributes.get("role") == "img"]
+    assert len(labels) == 3
+    kinds = "erased, 2 texts, new, 2 texts, retrained, 2 texts, limit: half of the suffix"
+    assert labels[0].startswith("Chart of tokens right (% of the limit) against steps of fine-tuning, of ")
+    assert labels[0].endswith(f", of {kinds}. Relearning from the text itself")
 
 
 def test_sentences():
