@@ -1,12 +1,14 @@
 """Run the examples of docstrings and the code blocks of Markdown pages as tests.
 
 Examples of docstrings find `model`, `sequence`, everything that `memloc_lens` exports, `torch`, `Path`, and the public
-names of their own module; those of `plots` and `report` also find small finished runs, `runs/del` and `runs/inj`. A
-Markdown page brings its own imports, so that a reader can copy it. Every file runs in a temporary folder.
+names of their own module; those of `plots` and `report` also find small finished runs, `runs/del` and `runs/inj`, and
+an audit, `runs/erased`. A Markdown page brings its own imports, so that a reader can copy it. Every file runs in a
+temporary folder.
 """
 
 import atexit
 import contextlib
+import copy
 import doctest
 import functools
 import importlib
@@ -58,10 +60,13 @@ def shared_names() -> dict[str, Any]:
 
 @functools.cache
 def example_runs() -> Path:
-    """Return a folder with a small finished run of each benchmark: `del` and `inj`."""
+    """Return a folder with a small finished run of each benchmark, `del` and `inj`, and a quick audit in `erased`."""
+    from memloc_lens import load_sequences
     from memloc_lens.benchmarks import deletion, injection
     from memloc_lens.benchmarks.deletion_settings import DeletionSettings
     from memloc_lens.benchmarks.injection_settings import InjectionSettings
+    from memloc_lens.erase.audit import audit, write_audit
+    from memloc_lens.erase.relearning import Relearning
 
     runs = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, runs)
@@ -69,6 +74,11 @@ def example_runs() -> Path:
     of_del = dict(out=runs / "del", limit=2, negatives=2, controls=1, text_tokens=128, ratios=(0.05, 0.1))
     deletion.run(DeletionSettings(**shared, **of_del))
     injection.run(InjectionSettings(**shared, out=runs / "inj", limit=1, ratios=(0.05,)))
+    original, target = shared_names()["model"], shared_names()["sequence"]
+    erased = copy.deepcopy(original)
+    erased.blocks[2].mlp.W_out.data.zero_()
+    controls = load_sequences(original, split="control")[:1]
+    write_audit(runs / "erased", audit(original, erased, [target], [], controls, relearning=Relearning(max_steps=2)))
     return runs
 
 

@@ -14,7 +14,10 @@ COMMANDS = {
     "erase": ("memloc_lens.erase.command", "erase memorized sequences, and write a checkpoint without them"),
     "audit": ("memloc_lens.erase.audit_command", "try to bring erased sequences back, and measure what else was lost"),
     "compare": ("memloc_lens.erase.compare", "tell in which weights two checkpoints differ, and what only one recites"),
-    "report": ("memloc_lens.report.command", "write a page about runs, with pictures, to read in a browser"),
+    "report": (
+        "memloc_lens.report.command",
+        "write a page about runs and erasures, with pictures, to read in a browser",
+    ),
 }
 """The module of each command, whose `main` runs it, and what it does."""
 

@@ -17,18 +17,24 @@ from memloc_lens import (
     COMPONENTS,
     NEURONS,
     ComponentSet,
+    Gradient,
     HardConcrete,
     IntegratedGradients,
     IterativeGradient,
     MemorizedSequence,
     Neurons,
     Slimming,
+    erase_sequences,
     load_model,
+    load_sequences,
 )
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
 from memloc_lens.components import Component
+from memloc_lens.erase import Budget, Spared
+from memloc_lens.erase.audit import audit, write_audit
+from memloc_lens.erase.relearning import Relearning
 from memloc_lens.runs.folder import RunFolder
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -255,6 +261,29 @@ def whole_inj(small_inj, tmp_path_factory) -> InjectionSettings:
     settings = replace(small_inj, out=tmp_path_factory.mktemp("inj") / "whole")
     injection.run(settings)
     return settings
+
+
+HOSTILE_ID = "</script><script>window.broken = 1</script>\u202e|`$x_1$`"
+
+
+@pytest.fixture(scope="session")
+def audited(recited, tmp_path_factory) -> Path:
+    """A checkpoint that two sequences were erased from, with its audit; the id of the first is hostile."""
+    source, out = recited / "model", tmp_path_factory.mktemp("audited") / "<i>erased"
+    model = load_model(source, device="cpu")
+    first, *others = load_sequences(model, recited / "data.jsonl")
+    targets = [MemorizedSequence(first.tokens, first.prompt_len, HOSTILE_ID, first.category), others.pop(0)]
+    spared = Spared(others=others)
+    erase_sequences(
+        model, targets, Gradient(), spared=spared, budget=Budget(max_neg_loss=100), component="neuron", source=source,
+        out=out,
+    )  # fmt: skip
+    controls = load_sequences(model, recited / "data.jsonl", split="control")
+    text = torch.randint(VOCAB, (3, 12), generator=torch.Generator().manual_seed(5))
+    relearning = Relearning(lr=0.003, max_steps=5, every=2)
+    erased = load_model(out, device="cpu")
+    write_audit(out, audit(model, erased, targets, others, controls, text, retrained=model, relearning=relearning))
+    return out
 
 
 class Killed(Exception):

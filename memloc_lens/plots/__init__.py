@@ -1,4 +1,4 @@
-"""Pictures of runs, sequences and scores."""
+"""Pictures of runs, erasures, sequences and scores."""
 
 from memloc_lens.plots.cost import cost_figure
 from memloc_lens.plots.forgetting import forgetting_figure
@@ -6,6 +6,7 @@ from memloc_lens.plots.frontier import frontier_figure
 from memloc_lens.plots.layers import layer_figure
 from memloc_lens.plots.pairs import confusion_figure, overlap_figure
 from memloc_lens.plots.recall import recall_figure
+from memloc_lens.plots.relearning import relearning_figure
 from memloc_lens.plots.save import save_figure
 from memloc_lens.plots.scores import score_map
 
@@ -17,6 +18,7 @@ __all__ = [
     "layer_figure",
     "overlap_figure",
     "recall_figure",
+    "relearning_figure",
     "save_figure",
     "score_map",
 ]

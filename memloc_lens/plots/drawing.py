@@ -142,6 +142,8 @@ def _scatter(axes: Axes, trace: go.Scatter, _: Sequence[Any], places: dict[str, 
         markerfacecolor="none" if symbol.endswith("-open") else colour,
         elinewidth=0.6,
         capsize=1.2,
+        alpha=trace.opacity,
+        zorder=2 + (trace.zorder or 0),
     )
     return _entries(trace, bars.lines[0])
 

@@ -1,4 +1,4 @@
-"""Runs -> one page that needs nothing but a browser: ``python -m memloc_lens.report RUN... -o report.html``."""
+"""Runs and erasures -> one page for a browser: ``python -m memloc_lens.report RUN... -o report.html``."""
 
 from memloc_lens.report.command import ReportSettings, write_report
 

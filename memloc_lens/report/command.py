@@ -1,10 +1,10 @@
-"""One page about DEL and INJ runs, to read in a browser and to send to a colleague.
+"""One page about DEL and INJ runs and audited erasures, to read in a browser and to send to a colleague.
 
 ``python -m memloc_lens.report RUN... -o report.html``
 
 The page is one file without any request to the network. It holds what was run, the summaries with intervals, pictures
 with the numbers behind them, the text of every target before and after its components are dropped, and what the most
-located neurons do.
+located neurons do. Of an erased checkpoint it holds what was erased and at what cost, and what its audit found.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,9 @@ from memloc_lens.checks import check_number
 from memloc_lens.models import check_device
 from memloc_lens.plots import save_figure
 from memloc_lens.report.cards import sequence_cards
+from memloc_lens.report.erasures import erasure_section, is_erased
 from memloc_lens.report.neurons import neuron_cards
-from memloc_lens.report.page import RunSection, render
+from memloc_lens.report.page import ErasureSection, RunSection, render
 from memloc_lens.report.pictures import Missing, Picture, pictures
 from memloc_lens.report.summaries import about, tables
 from memloc_lens.runs.command_line import parser, run_command
@@ -34,7 +35,7 @@ class ReportSettings:
     """What to report.
 
     Args:
-        runs: Folders of finished DEL and INJ runs.
+        runs: Folders of finished DEL and INJ runs, and of erased checkpoints with an audit.
         out: HTML file to write.
         figures: Folder to save the pictures to as well, as SVG and PNG at the width of a paper's column.
         ratio: Ratio of the DEL runs for pictures of one ratio and for neurons. Default: the largest.
@@ -58,7 +59,7 @@ class ReportSettings:
         check_device(self.device)
         check_number("neurons", self.neurons, least=0, whole=True)
         if not self.runs:
-            raise ValueError("no run was given; give the folders of finished DEL and INJ runs")
+            raise ValueError("no run was given; give the folders of finished DEL and INJ runs or of erasures")
         if len(set(self.runs)) < len(self.runs):
             raise ValueError(f"runs are {' '.join(map(str, self.runs))}; name each once")
         if self.out.is_dir():
@@ -71,18 +72,23 @@ def main() -> None:
 
 
 def write_report(settings: ReportSettings) -> Path:
-    """Write a page about runs, and return its file.
+    """Write a page about runs and erasures, and return its file.
 
     Args:
         settings: the runs and the file.
 
     Raises:
-        ValueError: if a folder holds no finished DEL or INJ run, or a run's model or data is not what it was.
+        ValueError: if a folder holds neither a finished DEL or INJ run nor an audit of an erasure, or a run's model or
+            data is not what it was.
         OSError: if the file cannot be written.
     """
-    runs = [_read(folder) for folder in settings.runs]
+    found = [erasure_section(folder) if is_erased(folder) else _read(folder) for folder in settings.runs]
+    sections = [each if isinstance(each, ErasureSection) else _section(settings, each) for each in found]
+    if settings.figures:
+        for section in sections:
+            _save(settings.figures / visible(section.name), section.pictures)
     settings.out.parent.mkdir(parents=True, exist_ok=True)
-    page = render([_section(settings, run) for run in runs])
+    page = render(sections)
     write_whole(settings.out, lambda part: part.write_text(page, encoding="utf-8"))
     return settings.out
 
@@ -99,10 +105,7 @@ def _read(folder: Path) -> FinishedRun:
 def _section(settings: ReportSettings, run: FinishedRun) -> RunSection:
     is_del = run.summary["benchmark"] == "del"
     ratio = run.check_ratio(settings.ratio, max(run.ratios)) if is_del else None
-    drawn = pictures(run, ratio)
-    if settings.figures:
-        _save(settings.figures / visible(run.path.name), drawn)
-    section = RunSection(run.path.name, run.summary["benchmark"], about(run), tables(run), drawn)
+    section = RunSection(run.path.name, run.summary["benchmark"], about(run), tables(run), pictures(run, ratio))
     if not is_del or settings.without_model:
         return section
     model = load_same_model(run, settings.device)

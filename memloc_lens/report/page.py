@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
@@ -9,8 +10,9 @@ from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from memloc_lens.erase.page import Part
 from memloc_lens.report.neurons import NeuronCard
 from memloc_lens.report.pictures import Missing, Picture
 from memloc_lens.report.summaries import Table
@@ -23,6 +25,8 @@ LIBRARIES = {"plotly": ("plotly", "package_data/plotly.min.js"), "circuitsvis": 
 class RunSection:
     """What the page tells about a run; names of sequences, methods and files may be anything."""
 
+    template = "run.html"
+
     name: str
     benchmark: str
     about: dict[str, Any]
@@ -31,12 +35,33 @@ class RunSection:
     cards: list[dict[str, Any]] = field(default_factory=list)
     neurons: list[NeuronCard] = field(default_factory=list)
 
+    @property
+    def kind(self) -> str:
+        """What the section is about."""
+        return self.benchmark.upper()
 
-def render(sections: list[RunSection]) -> str:
+
+@dataclass
+class ErasureSection:
+    """What the page tells about an erased checkpoint and its audit; any text in it may be anything."""
+
+    template = "erasure.html"
+    kind = "Erasure"
+
+    name: str
+    parts: list[Part]
+    pictures: list[Picture | Missing]
+    cards: Sequence[dict[str, Any]] = ()
+
+
+Section = RunSection | ErasureSection
+
+
+def render(sections: Sequence[Section]) -> str:
     """Return the page as HTML that makes no request.
 
     Args:
-        sections: one a run.
+        sections: one a run or an erased checkpoint.
     """
     environment = Environment(
         loader=PackageLoader("memloc_lens.report", ""),
@@ -45,7 +70,7 @@ def render(sections: list[RunSection]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["visible"] = visible
+    environment.filters |= {"visible": visible, "sentence": sentence}
     data = script_json([{"cards": section.cards, "figures": _figures(section)} for section in sections])
     page = environment.get_template("page.html").render(
         sections=sections,
@@ -59,8 +84,19 @@ def render(sections: list[RunSection]) -> str:
     return page
 
 
-def _figures(section: RunSection) -> dict[str, Any]:
+def _figures(section: Section) -> dict[str, Any]:
     return {each.name: json.loads(each.figure.to_json()) for each in section.pictures if isinstance(each, Picture)}
+
+
+def sentence(text: str) -> Markup:
+    """Return a sentence as HTML, what it has between backticks as code.
+
+    Example:
+        >>> from memloc_lens.report.page import sentence
+        >>> print(sentence("`a < b` & c"))
+        <code>a &lt; b</code> &amp; c
+    """
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def script_json(value: Any) -> Markup:

@@ -1,16 +1,18 @@
-"""The pictures of a run, each with a sentence in place of it and the numbers behind it."""
+"""The pictures of runs and audits, each with a sentence in place of it and the numbers behind it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from html import unescape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from memloc_lens import plots
+from memloc_lens.plots.relearning import TITLES
 from memloc_lens.runs.finished import FinishedRun
 
 
@@ -41,6 +43,10 @@ class Missing:
     reason: str
 
 
+Drawn = dict[str, tuple[str, Callable[[], go.Figure]]]
+"""By name: a heading, and what draws the figure."""
+
+
 def pictures(run: FinishedRun, ratio: float | None = None) -> list[Picture | Missing]:
     """Return the pictures of a run.
 
@@ -48,17 +54,33 @@ def pictures(run: FinishedRun, ratio: float | None = None) -> list[Picture | Mis
         run: of DEL or INJ.
         ratio: of the pictures of one ratio, for DEL.
     """
-    return [_picture(name, heading, draw) for name, (heading, draw) in _drawn(run, ratio).items()]
+    return _pictures(_drawn(run, ratio))
 
 
-def _drawn(run: FinishedRun, ratio: float | None) -> dict[str, tuple[str, Callable[[], go.Figure]]]:
+def relearning_pictures(folder: Path, lessons: Collection[str]) -> list[Picture | Missing]:
+    """Return the curves of relearning of an erased checkpoint.
+
+    Args:
+        folder: of the checkpoint, with an audit.
+        lessons: that the audit has; names that are none are left out, since they would name files.
+    """
+    return _pictures(
+        {
+            f"relearning-{lesson}": (title, partial(plots.relearning_figure, folder, lesson))
+            for lesson, title in TITLES.items()
+            if lesson in lessons
+        }
+    )
+
+
+def _drawn(run: FinishedRun, ratio: float | None) -> Drawn:
     folder = run.path
     if run.summary["benchmark"] == "inj":
         return {
             f"recall-{each:g}": (f"Recall, {100 * each:g}% injected", partial(plots.recall_figure, folder, ratio=each))
             for each in run.ratios
         }
-    found: dict[str, tuple[str, Callable[[], go.Figure]]] = {
+    found: Drawn = {
         "frontier": ("Forgetting against damage", partial(plots.frontier_figure, [folder])),
         "frontier-ppl": ("Forgetting against perplexity", partial(plots.frontier_figure, [folder], damage="ppl")),
         "cost": ("Cost against quality", partial(plots.cost_figure, [folder])),
@@ -73,6 +95,10 @@ def _drawn(run: FinishedRun, ratio: float | None) -> dict[str, tuple[str, Callab
     return found
 
 
+def _pictures(drawn: Drawn) -> list[Picture | Missing]:
+    return [_picture(name, heading, draw) for name, (heading, draw) in drawn.items()]
+
+
 def _picture(name: str, heading: str, draw: Callable[[], go.Figure]) -> Picture | Missing:
     try:
         figure = draw()
@@ -85,7 +111,7 @@ def alternative(figure: go.Figure) -> str:
     """Return a sentence that says what a figure shows."""
     layout = figure.layout
     axes = [_text(axis.title.text) for axis in (layout.xaxis, layout.yaxis)]
-    names = [_text(trace.name) for trace in figure.data if trace.name]
+    names = [_text(trace.name) for trace in figure.data if trace.name and trace.showlegend is not False]
     of = f", of {', '.join(dict.fromkeys(names))}" if names else ""
     kind = "Heat map" if figure.data and figure.data[0].type == "heatmap" else "Chart"
     return f"{kind} of {axes[1] or 'rows'} against {axes[0] or 'columns'}{of}. {_text(layout.title.text)}".strip()

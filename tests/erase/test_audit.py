@@ -158,6 +158,8 @@ def test_the_page(found, tmp_path):
     right = found["extraction"]["own"]["after"]["prefix"]["mean"]
     own = next(line for line in tables if line.startswith("| own |"))
     assert own.split(" | ")[5].startswith(f"{right:.1f}")
+    rise = found["perplexity"]["change"]
+    assert f"{rise['mean']:+.2f} [{rise['low']:+.2f}, {rise['high']:+.2f}]" in page.split("| perplexity before |")[1]
 
 
 def test_the_page_tells_bounds(found, tmp_path):
@@ -171,7 +173,7 @@ def test_the_page_tells_bounds(found, tmp_path):
     page = (tmp_path / "AUDIT.md").read_text()
     assert "| itself | new | 1 of 3 | over 9 | 3 to over 9 | 2.0 | at least 3 |" in page
     assert "| itself | erased | 2 of 2 | 3 | 3 to 3 | 2.0 |  |" in page
-    assert "Perplexity of" not in page
+    assert "perplexity before" not in page
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -32,11 +32,15 @@ def hostile_run(settings: DeletionSettings, folder: Path) -> Path:
 
 
 class Page(HTMLParser):
-    """The tables of a page as lists of rows of (text, data-value), the scripts, and all other text."""
+    """The tables of a page as lists of rows of (text, data-value), the scripts, and all other text.
+
+    Tables without a caption are by the label of the region that they are in; what is small in a cell is left out.
+    """
 
     def __init__(self, page: str) -> None:
         super().__init__()
         self.tables: dict[str, list[list[tuple[str, str | None]]]] = {}
+        self.regions: dict[str, list[list[tuple[str, str | None]]]] = {}
         self.scripts: list[tuple[dict[str, str | None], str]] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
@@ -50,7 +54,9 @@ class Page(HTMLParser):
         if tag in ("meta", "input"):
             return
         self._path.append(tag)
-        if tag == "table":
+        if found.get("role") == "region":
+            self.regions[found["aria-label"]] = self._rows = []
+        elif tag == "table" and self._rows:
             self._rows = []
         elif tag == "caption":
             self.tables[""] = self._rows

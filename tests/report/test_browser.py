@@ -22,11 +22,11 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def written(small_del, whole_inj, tmp_path_factory):
-    """The page of a DEL run with hostile names and of an INJ run, and the summary of the former."""
+def written(small_del, whole_inj, audited, tmp_path_factory):
+    """The page of a DEL run with hostile names, an INJ run and an erasure, and the summary of the first."""
     folder = tmp_path_factory.mktemp("browser")
     run = hostile_run(small_del, folder)
-    write_report(ReportSettings((run, whole_inj.out), folder / "page.html", device="cpu"))
+    write_report(ReportSettings((run, whole_inj.out, audited), folder / "page.html", device="cpu"))
     return folder / "page.html", json.loads((run / "summary.json").read_text())
 
 
@@ -50,7 +50,9 @@ def page(browser, written):
 
 def test_every_section_is_found_by_its_heading(page):
     headings = page.get_by_role("heading", level=3).all_text_contents()
-    assert headings == ["What was run", "Summary", "Pictures", "Sequences", "Neurons", *headings[:3]]
+    runs = ["What was run", "Summary", "Pictures", "Sequences", "Neurons", *headings[:3]]
+    assert headings[: len(runs) + 1] == [*runs, "What was erased"]
+    assert headings[-2:] == ["Pictures", "What was not tried"]
     assert "<b>run" in page.get_by_role("heading", level=2).first.text_content()
 
 
@@ -126,7 +128,7 @@ def test_pictures_are_drawn_and_have_their_numbers(page):
         place.scroll_into_view_if_needed()
         place.locator("svg.main-svg").first.wait_for()
         assert len(place.get_attribute("aria-label")) > 40
-    assert places.count() == 7  # without a text there is no perplexity
+    assert places.count() == 7 + 3  # without a text there is no perplexity; three lessons
     box = page.locator("figure details").first
     box.locator("summary").focus()
     page.keyboard.press("Enter")
