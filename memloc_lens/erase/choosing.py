@@ -24,7 +24,7 @@ from transformer_lens import HookedTransformer
 from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_model
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
-from memloc_lens.erase.damage import Budget, Spared, Utility, neg_loss, ppl_rise
+from memloc_lens.erase.damage import Budget, Losses, Spared, Utility, neg_loss, ppl_rise
 from memloc_lens.erase.variants import VARIANTS, longest_pieces, runs
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import free_running
@@ -88,6 +88,7 @@ class Erasure:
         before: utility of the whole model.
         steps: the way to the set; the last one is the set.
         budget: that was given.
+        losses: of the other sequences, by group.
     """
 
     components: ComponentSet
@@ -95,6 +96,7 @@ class Erasure:
     before: Utility
     steps: list[Step]
     budget: Budget
+    losses: Losses
 
     @property
     def after(self) -> Utility:
@@ -194,7 +196,8 @@ def choose(
             steps.append(Step(f"growth {len(steps) + 1 - len(sequences)}", len(search.union), measure()))
     cells = zip(sequences, search.sets, limits, written, left, strict=True)
     targets = [Target(own.id, len(chosen), most, *told) for own, chosen, most, *told in cells]
-    return Erasure(search.union, targets, before, steps, budget)
+    losses = spared.losses(sequences, before, steps[-1].utility)
+    return Erasure(search.union, targets, before, steps, budget, losses)
 
 
 def check_extracted(
