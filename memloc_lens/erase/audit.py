@@ -8,12 +8,12 @@ An audit can show that a text is still there. It cannot show that it is gone: on
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jaxtyping import Int
 from torch import Tensor
@@ -21,16 +21,19 @@ from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
 from memloc_lens.erase.claims import MEASURED, NOT_TRIED
+from memloc_lens.erase.given import with_prompts
 from memloc_lens.erase.page import page
-from memloc_lens.erase.relearning import LESSONS, Relearned, Relearning, relearn, resurfacing
+from memloc_lens.erase.parts import Name, relearning_parts, state_parts
+from memloc_lens.erase.relations import Groups, by_category
+from memloc_lens.erase.relearning import LESSONS, Relearned, Relearning, resurfacing
+from memloc_lens.erase.resuming import measured, records_in
 from memloc_lens.erase.schema import Audit, Change, LessonResult
-from memloc_lens.erase.state import State, Texts, cells, state_of
+from memloc_lens.erase.state import State, Texts, cells
 from memloc_lens.runs.disk import write_whole
 from memloc_lens.runs.fingerprint import fingerprint
-from memloc_lens.runs.jobs import InMemory, Job, run_jobs
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.quiet import without_bars
-from memloc_lens.runs.schema import Interval, Record
+from memloc_lens.runs.schema import Interval
 from memloc_lens.runs.statistics import mean_interval
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import Recitation
@@ -44,12 +47,14 @@ def audit(
     controls: Sequence[MemorizedSequence],
     text: Int[Tensor, "row pos"] | None = None,
     *,
+    prompts: Mapping[str, Sequence[str]] | None = None,
     retrained: HookedTransformer | None = None,
     relearning: Relearning | None = None,
     samples: int = 1000,
     share: float = 0.2,
     batch: int = 16,
     quiet: bool = False,
+    work: str | Path | None = None,
 ) -> Audit:
     """Measure what is left of erased sequences, and what else was lost.
 
@@ -61,16 +66,20 @@ def audit(
         others: memorized sequences that should stay.
         controls: texts that the original has never seen, for relearning as many as there are targets.
         text: rows of plain text for the perplexity.
+        prompts: other prompts for the targets, by their ids: paraphrases, say. Each is followed by the true suffix.
         retrained: a model that was trained without the targets, if there is one.
         relearning: how the erased model is fine-tuned. Default: `Relearning()`.
         samples: number of samples at temperature 1 of which one is to be the exact suffix.
         share: of the tokens, for min-k%.
         batch: maximum number of sequences at a time.
         quiet: show no progress bar.
+        work: folder that keeps each part as soon as it is measured, so that an interrupted audit resumes when it is
+            called again. What was measured of other weights, sequences or settings, or by other code, is not read.
 
     Raises:
         ValueError: if both models are one object, a model cannot read a sequence, a target is among the others or the
-            controls, there are no targets or no controls, or a loss is not finite.
+            controls, there are no targets or no controls, a prompt cannot be used, a loss is not finite, or the work
+            folder is in use; with one, also if a model has a hook.
 
     Example:
         >>> import copy
@@ -90,63 +99,30 @@ def audit(
         raise ValueError(
             "original and erased are one model; give two: copy.deepcopy(model) is the original, before the erasure"
         )
-    texts, relearning = Texts(targets, others, controls, text), relearning or Relearning()
+    given = with_prompts(check_model(original), targets, prompts or {})
+    texts, relearning = Texts(targets, others, controls, text, given), relearning or Relearning()
     models = {"original": original, "erased": erased} | ({} if retrained is None else {"retrained": retrained})
     for model in models.values():
         texts.check(check_model(model))
-    parts = _parts(models, texts, relearning, partial(state_of, texts=texts, samples=samples, share=share, batch=batch))
-    with without_bars() if quiet else nullcontext():
-        found = _run(parts)
+    weights = {name: fingerprint(model) for name, model in models.items()}
+    parts = state_parts(models, weights, texts, samples, share, batch)
+    parts |= relearning_parts(models, weights, texts, relearning)
+    with without_bars() if quiet else nullcontext(), records_in(work, models) as records:
+        found = measured(parts, records)
+    about = {name: {"name": str(model.cfg.model_name), "fingerprint": weights[name]} for name, model in models.items()}
     settings = dict(samples=samples, min_k_share=share, relearning=asdict(relearning))
-    return _audit(models, settings, texts, found)
+    return _audit(about, settings, texts, found)
 
 
-Parts = dict[tuple[str, str, str], Callable[[], Any]]
-"""Functions that measure something, by what it is, the model or kind of text, and the id of a sequence."""
-
-
-def _parts(
-    models: dict[str, HookedTransformer], texts: Texts, relearning: Relearning, state: Callable[..., State]
-) -> Parts:
-    parts: Parts = {("state", name, ""): partial(state, models[name]) for name in ("original", "erased")}
-    kinds = {"erased": ("erased", texts.targets), "new": ("erased", texts.controls[: len(texts.targets)])}
-    if "retrained" in models:
-        kinds["retrained"] = ("retrained", texts.targets)
-    groups = texts.groups()
-    away = groups.get("related", []) + groups.get("unrelated", [])  # near-duplicates would give the targets away
-    for kind, (name, sequences) in kinds.items():
-        for sequence in sequences:
-            related = [other for other in away if set(other.category) & set(sequence.category)]
-            parts["relearning", kind, sequence.id] = partial(relearn, relearning, models[name], sequence, related)
-    return parts
-
-
-def _run(parts: Parts) -> dict[tuple[str, str, str], Any]:
-    def worker(job: Job) -> Iterator[Record]:
-        part, method, sequence = job.content
-        yield {"part": part, "method": method, "sequence": sequence, "found": parts[job.content]()}
-
-    jobs = [Job((key,), key) for key in parts]
-    records = run_jobs(lambda: worker, jobs, InMemory("part", "method", "sequence"), description="audit", unit="part")
-    return {(record["part"], record["method"], record["sequence"]): record["found"] for record in records}
-
-
-def _audit(
-    models: dict[str, HookedTransformer],
-    settings: dict[str, Any],
-    texts: Texts,
-    found: dict[tuple[str, str, str], Any],
-) -> Audit:
-    before, after = found["state", "original", ""], found["state", "erased", ""]
+def _audit(models: dict[str, dict[str, str]], settings: dict[str, Any], texts: Texts, found: dict[Name, Any]) -> Audit:
+    before, after = (State.of_plain(found["state", name, ""]) for name in ("original", "erased"))
     targets, groups = texts.targets, texts.groups()
+    named = {"targets": targets} | ({"given prompts": texts.given} if texts.given else {}) | groups
     return Audit(
-        models={
-            name: {"name": str(model.cfg.model_name), "fingerprint": fingerprint(model)}
-            for name, model in models.items()
-        },
+        models=models,
         provenance=provenance(),
         settings=settings,
-        texts={name: [each.id for each in group] for name, group in ({"targets": targets} | groups).items()},
+        texts={name: [each.id for each in group] for name, group in named.items()},
         extraction={
             name: {"before": cells(before.targets[name]), "after": cells(after.targets[name])}
             for name in before.targets
@@ -159,7 +135,10 @@ def _audit(
         },
         relearning=_lessons(found),
         membership={"before": before.membership, "after": after.membership},
-        accuracy={"groups": _accuracy(texts, before, after, groups), "categories": _by_category(texts, before, after)},
+        accuracy={
+            "groups": _accuracy(texts, before, after, groups),
+            "categories": _accuracy(texts, before, after, by_category(texts.others)),
+        },
         perplexity=_perplexity(before, after),
         measured=dict(MEASURED),
         not_tried=list(NOT_TRIED),
@@ -180,13 +159,13 @@ def _of_target(before: State, after: State, place: int) -> dict[str, dict[str, d
     }
 
 
-def _lessons(found: dict[tuple[str, str, str], Any]) -> dict[str, LessonResult]:
+def _lessons(found: dict[Name, Any]) -> dict[str, LessonResult]:
     results: dict[str, LessonResult] = {}
     for lesson in LESSONS:
         relearned: dict[str, dict[str, Relearned]] = {}
         for (part, kind, sequence), lessons in found.items():
             if part == "relearning" and lesson in lessons:
-                relearned.setdefault(kind, {})[sequence] = lessons[lesson]
+                relearned.setdefault(kind, {})[sequence] = cast(Relearned, {"steps": None} | lessons[lesson])
         if "erased" in relearned:
             steps = {kind: list(of_kind.values()) for kind, of_kind in relearned.items()}
             ours = steps.pop("erased")
@@ -195,21 +174,11 @@ def _lessons(found: dict[tuple[str, str, str], Any]) -> dict[str, LessonResult]:
     return results
 
 
-def _accuracy(
-    texts: Texts, before: State, after: State, groups: dict[str, list[MemorizedSequence]]
-) -> dict[str, Change]:
+def _accuracy(texts: Texts, before: State, after: State, groups: Groups) -> dict[str, Change]:
     def accuracies(state: State, group: list[MemorizedSequence]) -> list[float]:
         return [found.accuracy for found in _rest(texts, state, group)]
 
     return {name: _change(accuracies(before, group), accuracies(after, group)) for name, group in groups.items()}
-
-
-def _by_category(texts: Texts, before: State, after: State) -> dict[str, Change]:
-    categories: dict[str, list[MemorizedSequence]] = {}
-    for other in texts.others:
-        for category in other.category:
-            categories.setdefault(category, []).append(other)
-    return _accuracy(texts, before, after, categories)
 
 
 def _change(before: Sequence[float], after: Sequence[float]) -> Change:
@@ -246,6 +215,6 @@ def write_audit(folder: str | Path, found: Audit) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(found, indent=1, allow_nan=False) + "\n"
-    write_whole(folder / "audit.json", lambda part: part.write_text(content, encoding="utf-8"))
-    write_whole(folder / "AUDIT.md", lambda part: part.write_text(page(found), encoding="utf-8"))
+    contents = {"audit.json": json.dumps(found, indent=1, allow_nan=False) + "\n", "AUDIT.md": page(found)}
+    for name, content in contents.items():
+        write_whole(folder / name, partial(Path.write_text, data=content, encoding="utf-8"))

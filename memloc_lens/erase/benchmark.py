@@ -190,7 +190,7 @@ def _run(settings: ForgettingSettings, model: HookedTransformer, texts: _Texts) 
         benchmark="forgetting",
         provenance=provenance(),
         sequences=[target.id for target in texts.task.targets],
-        before={"extracted": _extracted(model, texts.task), **asdict(before)},
+        before=dict(extracted=_extracted(model, texts.task), perplexity=before.perplexity, accuracy=before.accuracy),
         relearning=asdict(relearning),
         ways=rows,
     )

@@ -26,7 +26,7 @@ from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_model
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
 from memloc_lens.erase.criteria import UNITS, Left, left_of
-from memloc_lens.erase.damage import Budget, Spared, Utility, neg_loss, ppl_rise
+from memloc_lens.erase.damage import Budget, Losses, Spared, Utility, neg_loss, ppl_rise
 from memloc_lens.erase.variants import prompts_of
 from memloc_lens.forward import PrefixCache
 from memloc_lens.sequence import MemorizedSequence, check_sequences
@@ -86,6 +86,7 @@ class Erasure:
         before: utility of the whole model.
         steps: the way to the set; the last one is the set.
         budget: that was given.
+        losses: of the other sequences, by group.
         until: the criterion of extraction.
     """
 
@@ -94,6 +95,7 @@ class Erasure:
     before: Utility
     steps: list[Step]
     budget: Budget
+    losses: Losses
     until: Until = "unextractable"
 
     @property
@@ -196,7 +198,8 @@ def choose(
             steps.append(Step(f"growth {len(steps) + 1 - len(sequences)}", len(search.union), measure()))
     cells = zip(sequences, search.sets, limits, given, left, strict=True)
     targets = [Target(own.id, len(chosen), most, *told) for own, chosen, most, *told in cells]
-    return Erasure(search.union, targets, before, steps, budget, until)
+    losses = spared.losses(sequences, before, steps[-1].utility)
+    return Erasure(search.union, targets, before, steps, budget, losses, until)
 
 
 def check_extracted(

@@ -10,7 +10,9 @@ MEASURED = {
         "probabilities of its tokens. Prompts: `own`; `shifted`, without its first 3 tokens; `later`, a window 8 "
         "tokens later, of whose suffix the rest is left; `cut`, its last half; "
         "`perturbed`, every 8th token replaced at random; `typos`, two letters swapped in every 4th word of four "
-        "letters or more; `upper` and `lower` case; `surrounded`, with three other sentences before it."
+        "letters or more; `upper` and `lower` case; `surrounded`, with three other sentences before it; `given`, where "
+        "there are any: of the prompts that were given for a target, before and after each the one that gets most "
+        "tokens right, then the one with the highest strength."
     ),
     "others": (
         "The same, by their own prompts alone. Near-duplicates share 5-grams of tokens with a target (Jaccard index "
@@ -42,7 +44,8 @@ MEASURED = {
 """How the figures of each part are measured."""
 
 NOT_TRIED = (
-    "prompts that a language model paraphrased or translated, conversations, instructions, or jailbreaks",
+    "paraphrased or translated prompts, conversations, instructions, or jailbreaks, except those that were given "
+    "(`given`): none is made here",
     "prompts that were optimized against the model (soft prompts, greedy coordinate gradients)",
     "other decoding: beam search, other temperatures, top-k or top-p sampling, contrastive decoding between the "
     "original and the erased model",

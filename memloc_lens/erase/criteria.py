@@ -44,6 +44,7 @@ def left_of(model: HookedTransformer, prompts: Prompts, until: Until = "unextrac
         batch: maximum number of prompts at a time.
 
     Example:
+        >>> from memloc_lens.erase.variants import prompts_of
         >>> left_of(model, prompts_of(model, [sequence]))[0]["own"]
         48
     """

@@ -1,13 +1,15 @@
 """What an erasure may cost: perplexity of other text, and accuracy of other memorized sequences."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean
 
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_number
+from memloc_lens.erase.relations import Groups, by_category, by_relation
 from memloc_lens.forward import PrefixCache
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.metrics import perplexity, suffix_accuracy, teacher_forced
@@ -21,10 +23,12 @@ class Utility:
     Args:
         perplexity: of text that it has not memorized; None without a text.
         accuracy: mean teacher-forced accuracy of other memorized sequences, in points; None without any.
+        accuracies: of each of them, of which `accuracy` is the mean.
     """
 
     perplexity: float | None
     accuracy: float | None
+    accuracies: tuple[float, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,34 @@ def neg_loss(before: Utility, after: Utility) -> float | None:
 
 
 @dataclass(frozen=True)
+class Loss:
+    """What a group of other memorized sequences has lost.
+
+    Args:
+        sequences: number of them.
+        before: their mean accuracy in the whole model, in points.
+        after: the same without what is erased.
+    """
+
+    sequences: int
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What other memorized sequences have lost, by group.
+
+    Args:
+        relations: near-duplicates of the targets, related and unrelated ones.
+        categories: a sequence of several categories counts in each.
+    """
+
+    relations: dict[str, Loss]
+    categories: dict[str, Loss]
+
+
+@dataclass(frozen=True)
 class Spared:
     """What an erasure should leave as it is, and is measured on; it must be disjoint from what is erased.
 
@@ -94,7 +126,32 @@ class Spared:
         if not self.others:
             return Utility(ppl, None)
         predictions = teacher_forced(model, list(self.others), batch, prefix)
-        return Utility(ppl, suffix_accuracy(predictions, self.others).mean().item())
+        accuracies = suffix_accuracy(predictions, self.others)
+        return Utility(ppl, accuracies.mean().item(), tuple(accuracies.tolist()))
+
+    def losses(self, targets: Sequence[MemorizedSequence], before: Utility, after: Utility) -> Losses:
+        """Return what the others have lost, by what they have to do with the targets and by category.
+
+        Args:
+            targets: that are erased.
+            before: utility of the whole model, as `utility` returns it.
+            after: utility without what is erased.
+
+        Example:
+            >>> spared = Spared(others=load_sequences(model)[1:7])
+            >>> before = spared.utility(model)
+            >>> spared.losses([sequence], before, before).relations["related"]
+            Loss(sequences=1, before=100.0, after=100.0)
+        """
+        place = {other: index for index, other in enumerate(self.others)}
+
+        def mean(group: Sequence[MemorizedSequence], utility: Utility) -> float:
+            return fmean(utility.accuracies[place[other]] for other in group)
+
+        def lost(groups: Groups) -> dict[str, Loss]:
+            return {name: Loss(len(group), mean(group, before), mean(group, after)) for name, group in groups.items()}
+
+        return Losses(lost(by_relation(targets, self.others)), lost(by_category(self.others)))
 
     def check_disjoint(self, sequences: Sequence[MemorizedSequence], context: Iterable[MemorizedSequence] = ()) -> None:
         """Refuse sequences to erase that share text with what is measured, and a context that shares text with either.

@@ -12,13 +12,13 @@ from memloc_lens.checks import check_model
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
 from memloc_lens.erase.choosing import Erasure, check_extracted, choose
-from memloc_lens.erase.damage import Budget, Spared
+from memloc_lens.erase.damage import Budget, Spared, Utility
 from memloc_lens.localizers import IterativeGradient, Protect
 from memloc_lens.localizers.scoring import AnyLocalizer
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.methods import checked_scores, configured, context_of, settings_of
 from memloc_lens.runs.provenance import provenance
-from memloc_lens.runs.settings import identities
+from memloc_lens.runs.settings import identities, identity
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Until
 
@@ -125,7 +125,8 @@ def described(
 ) -> dict[str, Any]:
     """Return what `erasure.json` says of an erasure: when, how and of what, and what was reached.
 
-    It holds no text: sequences are named by their ids and a hash of their tokens.
+    It holds no text: sequences, and those of the context that the method has read, are named by their ids and a hash
+    of their tokens.
     """
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -133,6 +134,7 @@ def described(
         "model": {"name": model.cfg.model_name, "weights": fingerprint(model)},
         "sequences": identities(sequences),
         "method": settings_of(localizer),
+        "context": [identity(each) for each in dict.fromkeys(context_of(localizer))],
         **reached(erasure),
     }
 
@@ -143,8 +145,13 @@ def reached(erasure: Erasure) -> dict[str, Any]:
         "succeeded": erasure.succeeded,
         "budget": asdict(erasure.budget),
         "until": erasure.until,
-        "before": asdict(erasure.before),
-        "after": asdict(erasure.after),
+        "before": _means(erasure.before),
+        "after": _means(erasure.after),
+        "losses": asdict(erasure.losses),
         "targets": [asdict(target) for target in erasure.targets],
-        "steps": [asdict(step) for step in erasure.steps],
+        "steps": [{**asdict(step), "utility": _means(step.utility)} for step in erasure.steps],
     }
+
+
+def _means(utility: Utility) -> dict[str, float | None]:
+    return {"perplexity": utility.perplexity, "accuracy": utility.accuracy}

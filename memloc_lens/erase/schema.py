@@ -32,7 +32,8 @@ class Audit(TypedDict):
         models: name and fingerprint of the weights of the original and the erased model.
         provenance: by which code and command, and where.
         settings: number of samples, share of min-k%, and those of relearning.
-        texts: ids of the targets, and by group of all others.
+        texts: ids of the targets, of those that prompts were given for, and by group of all others; and of those that
+            were left out.
         extraction: for each variant of the prompts of the targets, before and after.
         targets: for each target and variant, what is recited before and after.
         others: of each group, by their own prompts, before and after.

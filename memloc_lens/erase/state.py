@@ -2,16 +2,18 @@
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from operator import attrgetter
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 from transformer_lens import HookedTransformer
 
-from memloc_lens.data.near_duplicates import near_duplicate_groups
 from memloc_lens.erase.extraction import extraction, recitations
+from memloc_lens.erase.given import by_given
 from memloc_lens.erase.membership import membership
+from memloc_lens.erase.relations import Groups, by_relation
 from memloc_lens.metrics import row_losses
 from memloc_lens.runs.schema import Cells
 from memloc_lens.runs.statistics import mean_interval
@@ -28,12 +30,14 @@ class Texts:
         others: memorized sequences that should stay.
         controls: texts that the model has never seen.
         text: rows of plain text for the perplexity; None measures none.
+        given: the targets with prompts that the user gives, as `with_prompts` returns them.
     """
 
     targets: Sequence[MemorizedSequence]
     others: Sequence[MemorizedSequence]
     controls: Sequence[MemorizedSequence]
     text: Int[Tensor, "row pos"] | None = None
+    given: Sequence[MemorizedSequence] = ()
 
     def check(self, model: HookedTransformer) -> None:
         """Refuse texts that do not fit a model, or each other.
@@ -48,6 +52,7 @@ class Texts:
             ids = Counter(sequence.id for sequence in sequences)
             if ids.most_common(1)[0][1] > 1:
                 raise ValueError(f"two {name} have the id {ids.most_common(1)[0][0]!r}; give each an id of its own")
+        check_sequences(model, self.given)
         rest = [*check_sequences(model, self.others), *self.controls]
         erased = {tuple(target.tokens.tolist()) for target in self.targets}
         for sequence in rest:
@@ -56,16 +61,9 @@ class Texts:
                     f"sequence {sequence.id!r} is a target and among the others or the controls; leave it out there"
                 )
 
-    def groups(self) -> dict[str, list[MemorizedSequence]]:
+    def groups(self) -> Groups:
         """Return the others and the controls by what they have to do with the targets; each is in one group."""
-        rows = near_duplicate_groups([each.tokens.tolist() for each in (*self.targets, *self.others)])
-        of_targets = set(rows[: len(self.targets)].tolist())
-        subjects = {subject for target in self.targets for subject in target.category}
-        groups: dict[str, list[MemorizedSequence]] = {}
-        for other, row in zip(self.others, rows[len(self.targets) :].tolist(), strict=True):
-            related = "related" if subjects & set(other.category) else "unrelated"
-            groups.setdefault("near-duplicates" if row in of_targets else related, []).append(other)
-        return groups | {"controls": list(self.controls)}
+        return by_relation(self.targets, self.others) | {"controls": list(self.controls)}
 
 
 @dataclass(frozen=True)
@@ -83,6 +81,30 @@ class State:
     rest: Sequence[Recitation]
     membership: Cells
     losses: Sequence[float]
+
+    def plain(self) -> dict[str, Any]:
+        """Return the state in values that JSON can hold; a target without a variant has an empty table there."""
+        return {
+            "targets": {name: [asdict(each) if each else {} for each in found] for name, found in self.targets.items()},
+            "rest": [asdict(each) for each in self.rest],
+            "membership": self.membership,
+            "losses": list(self.losses),
+        }
+
+    @classmethod
+    def of_plain(cls, plain: Mapping[str, Any]) -> "State":
+        """Return the state that `plain` was made of.
+
+        Example:
+            >>> state = State({"own": [Recitation(1, 50.0, 0.0, 0.0), None]}, [], {}, [3.5])
+            >>> State.of_plain(state.plain()) == state
+            True
+        """
+        targets = {
+            name: [Recitation(**each) if each else None for each in found] for name, found in plain["targets"].items()
+        }
+        rest = [Recitation(**each) for each in plain["rest"]]
+        return cls(targets, rest, plain["membership"], plain["losses"])
 
 
 def state_of(model: HookedTransformer, texts: Texts, samples: int = 1000, share: float = 0.2, batch: int = 16) -> State:
@@ -102,8 +124,9 @@ def state_of(model: HookedTransformer, texts: Texts, samples: int = 1000, share:
         >>> state.targets["own"][0].prefix, len(state.rest)
         (48, 4)
     """
+    given = {"given": by_given(model, texts.targets, texts.given, samples, batch)} if texts.given else {}
     return State(
-        extraction(model, texts.targets, samples, batch),
+        extraction(model, texts.targets, samples, batch) | given,
         recitations(model, [*texts.others, *texts.controls], samples, batch),
         membership(model, texts.targets, texts.controls, share),
         [] if texts.text is None else row_losses(model, texts.text, batch).tolist(),

@@ -65,4 +65,6 @@ def _footer(erasure: Erasure) -> list[str]:
         lines.append("others: not measured, for want of other memorized sequences; give some with --others")
     else:
         lines.append(f"others: {before.accuracy:.1f} points before; allowed is a loss of {budget.max_neg_loss:g}")
+    for name, loss in erasure.losses.relations.items():
+        lines.append(f"  {name}: {loss.after - loss.before:+.2f} points, of {loss.sequences} sequences")
     return lines

@@ -181,15 +181,18 @@ def identities(sequences: Sequence[MemorizedSequence]) -> list[list[str]]:
     repeated = [id for id, count in Counter(sequence.id for sequence in sequences).items() if count > 1]
     if repeated:
         raise ValueError(f"{repeated[0]!r} is the id of more than one sequence; every record needs its own")
-    return [
-        [
-            sequence.id,
-            hashlib.sha256(
-                repr((sequence.tokens.tolist(), sequence.prompt_len, list(sequence.category))).encode()
-            ).hexdigest()[:16],
-        ]
-        for sequence in sequences
-    ]
+    return [identity(sequence) for sequence in sequences]
+
+
+def identity(sequence: MemorizedSequence) -> list[str]:
+    """Return the id of a sequence with a hash of what it is: its tokens, prompt length and category.
+
+    Example:
+        >>> identity(MemorizedSequence([5, 6, 7], prompt_len=1, id="a"))
+        ['a', '...']
+    """
+    content = repr((sequence.tokens.tolist(), sequence.prompt_len, list(sequence.category)))
+    return [sequence.id, hashlib.sha256(content.encode()).hexdigest()[:16]]
 
 
 def batches_of(extents: Sequence[int], size: int) -> list[tuple[int, int]]:

@@ -1,11 +1,18 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from conftest import write_lines
+from conftest import Killed, records_of, write_lines
+from memloc_lens import Contrast, Gradient, MemorizedSequence, load_model, load_sequences
+from memloc_lens.erase import Budget, Spared, choose, parts
 from memloc_lens.erase.audit_command import AuditSettings, run, show
+from memloc_lens.erase.erasing import described
 
 
 @pytest.fixture
@@ -43,6 +50,79 @@ def test_the_sequences_are_those_that_the_folder_names(folders, recited):
     (folders[1] / "erasure.json").write_text(json.dumps({"sequences": [["elsewhere", "hash"]]}))
     with pytest.raises(ValueError, match=r"has none of the sequences that .*erasure\.json names"):
         run(settings_for(folders, recited))
+
+
+def test_a_killed_command_resumes_and_leaves_the_folder_alone(folders, recited, dies_after, monkeypatch):
+    erased = folders[1]
+    before = {path.name: path.read_bytes() for path in erased.iterdir()}
+    settings = settings_for(folders, recited)
+    dies_after(4)
+    with pytest.raises(Killed):
+        run(settings)
+    assert {path.name: path.read_bytes() for path in erased.iterdir()} == before
+    assert settings.work == erased.parent / "erased.audit"
+    first = records_of(settings.work)
+    assert len(first) == 4
+    dies_after(0)
+    found = run(settings)
+    assert records_of(settings.work)[:4] == first
+    assert {path.name for path in erased.iterdir()} == {*before, "AUDIT.md", "audit.json"}
+
+    def never(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(parts, "state_of", never)
+    monkeypatch.setattr(parts, "relearn", never)
+    assert run(settings) == found
+    with safe_open(erased / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    weights["transformer.h.0.mlp.c_proj.weight"][0, 0] += 1
+    save_file(weights, erased / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError):
+        run(settings)
+
+
+def test_it_is_written_elsewhere(folders, recited, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = settings_for(folders, recited, out=Path("audits/first"))
+    run(settings)
+    assert sorted(path.name for path in Path("audits").iterdir()) == ["first", "first.audit"]
+    assert not (folders[1] / "audit.json").exists()
+    with (
+        FileLock("audits/first.audit/run.lock"),
+        pytest.raises(ValueError, match=r"first\.audit is in use.*with --out"),
+    ):
+        run(settings)
+
+
+def test_the_context_of_the_erasure_is_left_out(folders, recited, capsys):
+    rows = [json.loads(line) for line in (recited / "data.jsonl").read_text().splitlines()]
+    context = [MemorizedSequence(row["tokens"], row["prompt_len"], "c", row["category"]) for row in rows[2:4]]
+    known = Contrast(Gradient(context=context), context)  # twice, of which one counts
+    model = load_model(folders[0], device="cpu")
+    targets = load_sequences(model, recited / "data.jsonl")[:2]
+    erasure = choose(model, targets, Gradient()(model, targets), Spared(), Budget(1e9, 100))
+    about = described(erasure, model, targets, known)
+    assert [id for id, _ in about["context"]] == ["c", "c"]
+    (folders[1] / "erasure.json").write_text(json.dumps(about))
+    settings = settings_for(folders, recited, negatives=1)
+    found = run(settings)
+    stays = [id for name in ("near-duplicates", "related", "unrelated") for id in found["texts"].get(name, [])]
+    assert found["texts"]["targets"] == ["s0", "s1"]
+    assert stays == ["s4"]
+    assert found["texts"]["context of the erasure, left out"] == ["s2", "s3"]
+    assert "| context of the erasure, left out | 2 |" in (folders[1] / "AUDIT.md").read_text()
+    show(settings, found)
+    assert "context of the erasure, left out: 2 of the others" in capsys.readouterr().out
+
+
+def test_given_prompts_need_a_tokenizer(folders, recited, tmp_path):
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"id": "s0", "prompt": "One"}])
+    with pytest.raises(ValueError, match="no tokenizer to read them with"):
+        run(settings_for(folders, recited, prompts=prompts))
+    empty = write_lines(tmp_path / "empty.jsonl", [])
+    with pytest.raises(ValueError, match=r"empty\.jsonl has no prompts"):
+        run(settings_for(folders, recited, prompts=empty))
 
 
 def test_bad_settings_are_one_error(folders, recited, tmp_path):
