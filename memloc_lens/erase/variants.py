@@ -41,14 +41,14 @@ def shifted(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedS
 
 
 def later(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
-    """Return a window of the text up to 8 tokens later: its prompt ends with the first tokens of the suffix.
+    """Return a window of the text 8 tokens later, or half of the suffix: its prompt ends with the first tokens of it.
 
     Example:
         >>> window = later(model, sequence)
         >>> window.prompt_len, torch.equal(window.suffix, sequence.suffix[8:])
         (32, True)
     """
-    by = min(EVERY, len(sequence.suffix) - 1)
+    by = min(EVERY, len(sequence.suffix) // 2)
     if by == 0:
         return None
     first = _bos(model, sequence)
