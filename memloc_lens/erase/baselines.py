@@ -9,7 +9,7 @@ their first, each step of AdamW lowers
    preference optimization". Before the first step the first part is 2/beta log 2; its gradient is that of gradient
    ascent on the sum of the losses, and fades as a target becomes improbable.
 
-Training ends when no target can be extracted.
+Training ends when no target is extracted by any prompt variant, as for sets of components.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,9 +23,11 @@ from torch.nn.functional import logsigmoid
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
+from memloc_lens.erase.criteria import left_of
 from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
+from memloc_lens.erase.variants import Prompts, prompts_of
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Recitation, limit_of
 
@@ -42,7 +44,7 @@ class Unlearned:
 
     Args:
         steps: number of steps taken.
-        succeeded: whether no target can be extracted.
+        succeeded: whether no target is extracted by any prompt variant.
         left: what is recited of each target.
     """
 
@@ -56,7 +58,7 @@ def gradient_ascent(
     model: HookedTransformer,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
-    lr: float = 1e-4,
+    lr: float = 3e-5,
     max_steps: int = 100,
     weight: float = 1.0,
     seed: int = 0,
@@ -70,7 +72,7 @@ def gradient_ascent(
         model: all its weights change, in place.
         targets: to be made unextractable: half of each suffix, rounded up, is the limit of what may be recited.
         retain: texts whose loss is kept low; nothing of them should be measured later.
-        lr: learning rate of AdamW.
+        lr: learning rate of AdamW; a larger one takes fewer steps, and costs more.
         max_steps: maximum number of steps.
         weight: of the loss of the texts to retain.
         seed: of their order. Everything else is deterministic.
@@ -98,7 +100,7 @@ def npo(
     model: HookedTransformer,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
-    lr: float = 1e-4,
+    lr: float = 3e-5,
     max_steps: int = 100,
     weight: float = 1.0,
     seed: int = 0,
@@ -176,7 +178,7 @@ def _unlearned(
     with restored(model):
         steps = _train(model, targets, texts, forget_from, lr, max_steps, weight, seed)
         left = recitations(model, targets)  # in the model's own precision
-        yield Unlearned(steps, not _any_extractable(left, targets), left)
+        yield Unlearned(steps, not _any_extracted(model, targets, prompts_of(model, targets)), left)
 
 
 def _train(
@@ -190,7 +192,7 @@ def _train(
     seed: int,
 ) -> int:
     """Train in place, and return the number of steps."""
-    chosen = in_turn(len(texts), BATCH, seed)
+    chosen, prompts = in_turn(len(texts), BATCH, seed), prompts_of(model, targets)
     with trainable(model) as parameters:
         with torch.no_grad():
             forget = forget_from(token_losses(model, targets))
@@ -200,11 +202,14 @@ def _train(
             return forget(token_losses(model, targets)) + weight * retained
 
         for step in adamw_steps(parameters, loss_at, lr):
-            if step == max_steps or not _any_extractable(recitations(model, targets), targets):
+            if step == max_steps or not _any_extracted(model, targets, prompts):
                 break
     return step
 
 
-def _any_extractable(left: Sequence[Recitation], targets: Sequence[MemorizedSequence]) -> bool:
-    limits = [limit_of("greedy", None, len(target.suffix)) for target in targets]
-    return any(each.prefix >= limit for each, limit in zip(left, limits, strict=True))
+def _any_extracted(model: HookedTransformer, targets: list[MemorizedSequence], prompts: Prompts) -> bool:
+    """Ask with the targets' own prompts first, which takes one pass, and generate only if none of them extracts."""
+    limits = [limit_of("unextractable", None, len(target.suffix)) for target in targets]
+    if any(each.prefix >= limit for each, limit in zip(recitations(model, targets), limits, strict=True)):
+        return True
+    return any(max(left.values()) >= limit for left, limit in zip(left_of(model, prompts), limits, strict=True))
