@@ -157,6 +157,9 @@ def _texts(settings: ForgettingSettings, model: HookedTransformer) -> _Texts:
             f"relearn is {settings.relearn}, and there are {len(targets)} sequences and {len(controls)} texts that "
             "were never seen; lower it, or give more as --controls"
         )
+    retrained = None
+    if settings.retrained is not None:
+        retrained = load_model(settings.retrained, device=settings.device, dtype=model.cfg.dtype)
     context = {id(each): each for each in context_of(localizer)}  # a wrapper and its localizer read the same
     task = Task(
         model,
@@ -166,7 +169,7 @@ def _texts(settings: ForgettingSettings, model: HookedTransformer) -> _Texts:
         until=settings.until,
         limit=settings.until_limit,
         first_layer=settings.first_layer,
-        retrained=settings.retrained,
+        retrained=retrained,
         batch=settings.batch,
         seed=settings.seed,
     )
@@ -176,9 +179,8 @@ def _texts(settings: ForgettingSettings, model: HookedTransformer) -> _Texts:
 def _run(settings: ForgettingSettings, model: HookedTransformer, texts: _Texts) -> Forgetting:
     rows: dict[str, Row] = {}
     relearning = settings.relearning()
-    of = _origin(settings, texts)
     for way in tqdm(settings.chosen(), desc="forget", unit="way"):
-        file = settings.out / "ways" / f"{way}.json"
+        file, of = settings.out / "ways" / f"{way}.json", _origin(settings, texts, way)
         row = _kept(file, of)
         if row is None:
             with WAYS[way](texts.task) as forgotten:
@@ -223,11 +225,11 @@ def _extracted(model: HookedTransformer, task: Task) -> int:
     return sum(max(own.values()) >= limit for own, limit in zip(left, limits, strict=True))
 
 
-def _origin(settings: ForgettingSettings, texts: _Texts) -> str:
-    """Return a hash of what rows are computed from."""
+def _origin(settings: ForgettingSettings, texts: _Texts, way: str) -> str:
+    """Return a hash of what a row is computed from."""
     task, spared = texts.task, texts.spared
     read = [task.targets, task.context, spared.others, texts.controls]
-    retrained = None if task.retrained is None else fingerprint(load_model(task.retrained, device="cpu"))
+    retrained = None if task.retrained is None or way != "retrained" else fingerprint(task.retrained)
     own = (task.until, task.limit, task.first_layer, task.seed, settings.dtype, settings.relearn)
     text = None if spared.text is None else spared.text.tolist()
     parts = [fingerprint(task.model), retrained, own, asdict(settings.relearning()), *map(identities, read), text]

@@ -27,7 +27,6 @@ from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS
 from memloc_lens.erase.kept import localize
 from memloc_lens.erase.training import restored
-from memloc_lens.models import load_model
 from memloc_lens.runs.methods import configured, resolve
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import Until
@@ -50,7 +49,7 @@ class Task:
         limit: of the criterion.
         first_layer: layers before it are left alone.
         work: folder that keeps scores.
-        retrained: name or folder of a model that was trained without the targets.
+        retrained: a model that was trained without the targets, if there is one.
         batch: maximum number of sequences at a time.
         seed: of what is drawn.
         sets: components that were chosen so far, by way.
@@ -63,7 +62,7 @@ class Task:
     until: Until = "unextractable"
     limit: float | None = None
     first_layer: int = 1
-    retrained: str | None = None
+    retrained: HookedTransformer | None = None
     batch: int = 16
     seed: int = 0
     sets: dict[str, ComponentSet] = field(default_factory=dict)
@@ -178,8 +177,7 @@ def anew(task: Task) -> Iterator[Forgotten]:
     """
     if task.retrained is None:
         raise ValueError("no model was trained without the targets; give it as --retrained, or leave the way out")
-    dtype, device = task.model.cfg.dtype, task.model.cfg.device
-    yield Forgotten(load_model(task.retrained, device=str(device), dtype=dtype), "all weights", None)
+    yield Forgotten(task.retrained, "all weights", None)
 
 
 WAYS: Mapping[str, Way] = {
