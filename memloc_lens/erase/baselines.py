@@ -23,16 +23,45 @@ from torch.nn.functional import logsigmoid
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
-from memloc_lens.erase.criteria import left_of
+from memloc_lens.erase.criteria import extracted
 from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
 from memloc_lens.erase.variants import Prompts, prompts_of
 from memloc_lens.sequence import MemorizedSequence, check_sequences
-from memloc_lens.smallest_set import Recitation, limit_of
+from memloc_lens.smallest_set import Recitation, Until, check_until
 
 BATCH = 8
 """Texts to retain in a step."""
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """How a model is trained to forget.
+
+    Args:
+        lr: learning rate of AdamW; a larger one takes fewer steps, and costs more.
+        max_steps: maximum number of steps.
+        weight: of the loss of the texts to retain.
+        seed: of their order. Everything else is deterministic.
+        until: what must be below the limit with every prompt: see `memloc_lens.erase.criteria`.
+        limit: in tokens, in points, or a probability. Default: half of the suffix, rounded up; 50 points; 0.1.
+    """
+
+    lr: float = 3e-5
+    max_steps: int = 100
+    weight: float = 1.0
+    seed: int = 0
+    until: Until = "unextractable"
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("lr", self.lr, above=0)
+        check_number("max_steps", self.max_steps, least=1, whole=True)
+        check_number("weight", self.weight, least=0)
+        check_number("seed", self.seed, least=0, whole=True)
+        check_until(self.until, self.limit)
+
 
 Forget = Callable[[list[Float[Tensor, " _"]]], Float[Tensor, ""]]
 """The loss of forgetting, from the losses of the tokens of every target."""
@@ -58,10 +87,7 @@ def gradient_ascent(
     model: HookedTransformer,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
-    lr: float = 3e-5,
-    max_steps: int = 100,
-    weight: float = 1.0,
-    seed: int = 0,
+    settings: Unlearning = Unlearning(),
 ) -> Iterator[Unlearned]:
     """Unlearn targets by raising their loss, while the context is open; see the module for the formula.
 
@@ -70,20 +96,17 @@ def gradient_ascent(
 
     Args:
         model: all its weights change, in place.
-        targets: to be made unextractable: half of each suffix, rounded up, is the limit of what may be recited.
+        targets: to be made unextractable.
         retain: texts whose loss is kept low; nothing of them should be measured later.
-        lr: learning rate of AdamW; a larger one takes fewer steps, and costs more.
-        max_steps: maximum number of steps.
-        weight: of the loss of the texts to retain.
-        seed: of their order. Everything else is deterministic.
+        settings: of the training.
 
     Raises:
-        ValueError: if there are no targets or no texts, the model cannot read one, a setting is out of range, or the
-            loss becomes NaN or infinite.
+        ValueError: if there are no targets or no texts, the model cannot read one, or the loss becomes NaN or infinite.
 
     Example:
         >>> from memloc_lens import load_sequences
-        >>> with gradient_ascent(model, [sequence], load_sequences(model)[10:18], max_steps=1) as unlearned:
+        >>> settings = Unlearning(max_steps=1, until="greedy")
+        >>> with gradient_ascent(model, [sequence], load_sequences(model)[10:18], settings) as unlearned:
         ...     unlearned.steps, unlearned.left[0].prefix <= 48
         (1, True)
     """
@@ -91,7 +114,7 @@ def gradient_ascent(
     def forget(losses: list[Float[Tensor, " _"]]) -> Float[Tensor, ""]:
         return -torch.stack([each.mean() for each in losses]).mean()
 
-    with _unlearned(model, targets, retain, lambda _: forget, lr, max_steps, weight, seed) as unlearned:
+    with _unlearned(model, targets, retain, lambda _: forget, settings) as unlearned:
         yield unlearned
 
 
@@ -100,10 +123,7 @@ def npo(
     model: HookedTransformer,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
-    lr: float = 3e-5,
-    max_steps: int = 100,
-    weight: float = 1.0,
-    seed: int = 0,
+    settings: Unlearning = Unlearning(),
     beta: float = 0.1,
 ) -> Iterator[Unlearned]:
     """Unlearn targets by negative preference optimization, while the context is open; see the module for the formula.
@@ -112,10 +132,7 @@ def npo(
         model: as for `gradient_ascent`, as everything else.
         targets: to be made unextractable.
         retain: texts whose loss is kept low.
-        lr: learning rate of AdamW.
-        max_steps: maximum number of steps.
-        weight: of the loss of the texts to retain.
-        seed: of their order.
+        settings: of the training.
         beta: inverse temperature; towards 0, NPO becomes gradient ascent.
 
     Raises:
@@ -123,7 +140,8 @@ def npo(
 
     Example:
         >>> from memloc_lens import load_sequences
-        >>> with npo(model, [sequence], load_sequences(model)[10:18], max_steps=1) as unlearned:
+        >>> settings = Unlearning(max_steps=1, until="greedy")
+        >>> with npo(model, [sequence], load_sequences(model)[10:18], settings) as unlearned:
         ...     unlearned.steps
         1
     """
@@ -133,7 +151,7 @@ def npo(
         before = torch.stack([-each.sum() for each in reference]).detach()
         return lambda losses: npo_loss(torch.stack([-each.sum() for each in losses]), before, beta)
 
-    with _unlearned(model, targets, retain, forget_from, lr, max_steps, weight, seed) as unlearned:
+    with _unlearned(model, targets, retain, forget_from, settings) as unlearned:
         yield unlearned
 
 
@@ -160,10 +178,7 @@ def _unlearned(
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
     forget_from: Callable[[list[Float[Tensor, " _"]]], Forget],
-    lr: float,
-    max_steps: int,
-    weight: float,
-    seed: int,
+    settings: Unlearning,
 ) -> Iterator[Unlearned]:
     model = check_model(model)
     targets, texts = check_sequences(model, targets), [whole(text) for text in check_sequences(model, retain)]
@@ -171,14 +186,10 @@ def _unlearned(
         raise ValueError(
             f"there are {len(targets)} targets and {len(texts)} texts to retain; give at least one of each"
         )
-    check_number("lr", lr, above=0)
-    check_number("max_steps", max_steps, least=1, whole=True)
-    check_number("weight", weight, least=0)
-    check_number("seed", seed, least=0, whole=True)
     with restored(model):
-        steps = _train(model, targets, texts, forget_from, lr, max_steps, weight, seed)
+        steps = _train(model, targets, texts, forget_from, settings)
         left = recitations(model, targets)  # in the model's own precision
-        yield Unlearned(steps, not _any_extracted(model, targets, prompts_of(model, targets)), left)
+        yield Unlearned(steps, not _any_extracted(model, prompts_of(model, targets), settings), left)
 
 
 def _train(
@@ -186,30 +197,27 @@ def _train(
     targets: list[MemorizedSequence],
     texts: list[MemorizedSequence],
     forget_from: Callable[[list[Float[Tensor, " _"]]], Forget],
-    lr: float,
-    max_steps: int,
-    weight: float,
-    seed: int,
+    settings: Unlearning,
 ) -> int:
     """Train in place, and return the number of steps."""
-    chosen, prompts = in_turn(len(texts), BATCH, seed), prompts_of(model, targets)
+    chosen, prompts = in_turn(len(texts), BATCH, settings.seed), prompts_of(model, targets)
     with trainable(model) as parameters:
         with torch.no_grad():
             forget = forget_from(token_losses(model, targets))
 
         def loss_at(step: int) -> Tensor:
             retained = torch.cat(token_losses(model, [texts[index] for index in chosen(step)])).mean()
-            return forget(token_losses(model, targets)) + weight * retained
+            return forget(token_losses(model, targets)) + settings.weight * retained
 
-        for step in adamw_steps(parameters, loss_at, lr):
-            if step == max_steps or not _any_extracted(model, targets, prompts):
+        for step in adamw_steps(parameters, loss_at, settings.lr):
+            if step == settings.max_steps or not _any_extracted(model, prompts, settings):
                 break
     return step
 
 
-def _any_extracted(model: HookedTransformer, targets: list[MemorizedSequence], prompts: Prompts) -> bool:
-    """Ask with the targets' own prompts first, which takes one pass, and generate only if none of them extracts."""
-    limits = [limit_of("unextractable", None, len(target.suffix)) for target in targets]
-    if any(each.prefix >= limit for each, limit in zip(recitations(model, targets), limits, strict=True)):
-        return True
-    return any(max(left.values()) >= limit for left, limit in zip(left_of(model, prompts), limits, strict=True))
+def _any_extracted(model: HookedTransformer, prompts: Prompts, settings: Unlearning) -> bool:
+    """Ask with the targets' own prompts first, and without generating: while one is extracted, no more is asked."""
+    quick: Until = "greedy" if settings.until == "unextractable" else settings.until
+    return any(extracted(model, {"own": prompts["own"]}, quick, settings.limit)) or any(
+        extracted(model, prompts, settings.until, settings.limit)
+    )

@@ -30,7 +30,7 @@ from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName
 from memloc_lens.data import load_sequences
 from memloc_lens.erase.command import EraseSettings, material
-from memloc_lens.erase.criteria import left_of
+from memloc_lens.erase.criteria import extracted
 from memloc_lens.erase.damage import Spared
 from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.forgetting import Forgetting, Row, forgetting_table
@@ -52,7 +52,6 @@ from memloc_lens.runs.records import read_table
 from memloc_lens.runs.settings import identities
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence
-from memloc_lens.smallest_set import limit_of
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,8 @@ def run(settings: ForgettingSettings) -> Forgetting:
 
     Example:
         >>> small = dict(limit=1, relearn=1, max_steps=1, context_sequences=4, negatives=4, text_tokens=256)
-        >>> settings = ForgettingSettings(ways=("gradient-ascent",), out=Path("forgetting"), device="cpu", **small)
+        >>> small |= dict(until="greedy", device="cpu")
+        >>> settings = ForgettingSettings(ways=("gradient-ascent",), out=Path("forgetting"), **small)
         >>> run(settings)["ways"]["gradient-ascent"]["extracted"]
         0
     """
@@ -220,9 +220,7 @@ def _row(forgotten: Forgotten, texts: _Texts, relearning: Relearning, count: int
 
 def _extracted(model: HookedTransformer, task: Task) -> int:
     """Return how many sequences any prompt variant extracts."""
-    left = left_of(model, prompts_of(model, task.targets), task.until, task.batch)
-    limits = [limit_of(task.until, task.limit, len(target.suffix)) for target in task.targets]
-    return sum(max(own.values()) >= limit for own, limit in zip(left, limits, strict=True))
+    return sum(extracted(model, prompts_of(model, task.targets), task.until, task.limit, task.batch))
 
 
 def _origin(settings: ForgettingSettings, texts: _Texts, way: str) -> str:

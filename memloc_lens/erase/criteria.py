@@ -20,7 +20,7 @@ from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.variants import Prompts
 from memloc_lens.generation import free_running
 from memloc_lens.sequence import MemorizedSequence
-from memloc_lens.smallest_set import MEASURES, Until
+from memloc_lens.smallest_set import MEASURES, Until, limit_of
 
 Left = dict[str, float]
 """By prompt variant: what is left of a suffix, in the unit of a criterion."""
@@ -50,6 +50,32 @@ def left_of(model: HookedTransformer, prompts: Prompts, until: Until = "unextrac
     """
     measured = {name: _measured(model, asked, until, batch) for name, asked in prompts.items()}
     return [dict(zip(measured, values, strict=True)) for values in zip(*measured.values(), strict=True)]
+
+
+def extracted(
+    model: HookedTransformer,
+    prompts: Prompts,
+    until: Until = "unextractable",
+    limit: float | None = None,
+    batch: int = 16,
+) -> list[bool]:
+    """Return for every sequence whether any of its prompts extracts it.
+
+    Args:
+        model: used as it is, ablated or not.
+        prompts: of the sequences, as `prompts_of` returns them.
+        until: the criterion.
+        limit: from which a sequence counts as extracted, as for `smallest_set`.
+        batch: maximum number of prompts at a time.
+
+    Example:
+        >>> from memloc_lens.erase.variants import prompts_of
+        >>> extracted(model, prompts_of(model, [sequence]), until="greedy", limit=8)
+        [True]
+    """
+    limits = [limit_of(until, limit, len(sequence.suffix)) for sequence in prompts["own"]]
+    left = left_of(model, prompts, until, batch)
+    return [max(own.values()) >= least for own, least in zip(left, limits, strict=True)]
 
 
 def _measured(

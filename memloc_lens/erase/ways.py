@@ -21,7 +21,7 @@ import torch
 from transformer_lens import HookedTransformer
 
 from memloc_lens.components import HEADS, ComponentName, ComponentSet, component_of
-from memloc_lens.erase.baselines import gradient_ascent, npo
+from memloc_lens.erase.baselines import Unlearning, gradient_ascent, npo
 from memloc_lens.erase.choosing import choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS
@@ -164,7 +164,8 @@ def by_training(task: Task, unlearn: Callable[..., AbstractContextManager]) -> I
     if not task.context:
         raise ValueError("training needs texts to retain, and the context is empty; give --context")
     started = time.perf_counter()
-    with unlearn(task.model, task.targets, task.context, seed=task.seed) as unlearned:
+    settings = Unlearning(seed=task.seed, until=task.until, limit=task.limit)
+    with unlearn(task.model, task.targets, task.context, settings) as unlearned:
         yield Forgotten(task.model, f"{unlearned.steps} steps", time.perf_counter() - started)
 
 

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from conftest import assert_same_state, state_of
 from memloc_lens import MemorizedSequence
-from memloc_lens.erase.baselines import gradient_ascent, npo, npo_loss
+from memloc_lens.erase.baselines import Unlearning, gradient_ascent, npo, npo_loss
 from memloc_lens.erase.losses import token_losses
 
 UNLEARN = pytest.mark.parametrize("unlearn", [gradient_ascent, npo])
@@ -64,7 +64,7 @@ def test_against_a_plain_loop(model, targets, retain, unlearn):
         naive_loss(unlearn.__name__, trained, model, targets, retain, weight=0.5).backward()
         optimizer.step()
     before = state_of(model)
-    with unlearn(model, targets, retain, lr=1e-3, max_steps=3, weight=0.5) as unlearned:
+    with unlearn(model, targets, retain, Unlearning(lr=1e-3, max_steps=3, weight=0.5)) as unlearned:
         assert unlearned.steps == 3
         assert not unlearned.succeeded
         for (name, ours), theirs in zip(model.named_parameters(), trained.parameters(), strict=True):
@@ -82,7 +82,7 @@ def test_it_ends_when_no_target_can_be_extracted(model, targets, retain, unlearn
         return int((tokens == target.tokens)[target.prompt_len :].long().cumprod(dim=0).sum())
 
     assert [prefix(target) for target in targets] == [len(target.suffix) for target in targets]
-    with unlearn(model, targets, retain, lr=0.002, max_steps=60) as unlearned:
+    with unlearn(model, targets, retain, Unlearning(lr=0.002, max_steps=60)) as unlearned:
         assert unlearned.succeeded
         assert 1 < unlearned.steps < 60
         left = [prefix(target) for target in targets]
@@ -90,18 +90,18 @@ def test_it_ends_when_no_target_can_be_extracted(model, targets, retain, unlearn
         assert all(
             2 * each < len(target.suffix) + len(target.suffix) % 2 for each, target in zip(left, targets, strict=True)
         )
-    with unlearn(model, targets, retain, lr=0.002, max_steps=unlearned.steps - 1) as one_fewer:
+    with unlearn(model, targets, retain, Unlearning(lr=0.002, max_steps=unlearned.steps - 1)) as one_fewer:
         assert not one_fewer.succeeded
 
 
 @UNLEARN
 def test_weights_are_restored_after_an_error(model, targets, retain, unlearn):
     before = state_of(model)
-    with pytest.raises(KeyboardInterrupt), unlearn(model, targets, retain, max_steps=1):
+    with pytest.raises(KeyboardInterrupt), unlearn(model, targets, retain, Unlearning(max_steps=1)):
         raise KeyboardInterrupt
     assert_same_state(before, state_of(model))
     with pytest.raises(ValueError, match=r"the loss is .* at step .*; lower lr"):
-        unlearn(model, targets, retain, lr=1e200, max_steps=9).__enter__()
+        unlearn(model, targets, retain, Unlearning(lr=1e200, max_steps=9)).__enter__()
     assert_same_state(before, state_of(model))
 
 
@@ -112,7 +112,7 @@ def test_half_precision_is_trained_in_float32_and_rounded():
         mine.data.copy_(theirs)
     target = MemorizedSequence(torch.cat([torch.tensor([1, 2]), torch.tensor([3, 4])]), 2)
     before = state_of(model)
-    settings = dict(targets=[target], retain=[tiny_sequence()], lr=0.02, max_steps=2)
+    settings = dict(targets=[target], retain=[tiny_sequence()], settings=Unlearning(lr=0.02, max_steps=2))
     with npo(model, **settings) as ours, npo(whole, **settings) as theirs:
         assert ours.steps == theirs.steps
         for mine, exact in zip(model.parameters(), whole.parameters(), strict=True):
@@ -161,10 +161,13 @@ def test_the_first_gradient_of_npo_is_that_of_gradient_ascent_and_of_finite_diff
     ({"max_steps": 0}, "max_steps is 0"),
     ({"weight": -1.0}, "weight is -1.0"),
     ({"seed": -1}, "seed is -1"),
+    ({"until": "greedy", "limit": 0}, "the limit in tokens is 0"),
     ({"beta": 0.0}, "beta is 0.0"),
     ({"retain": []}, "2 targets and 0 texts to retain"),
     ({"targets": [MemorizedSequence([1, 99], 1)]}, f"the model knows 0 to {VOCAB - 1}"),
 ])  # fmt: skip
 def test_bad_input(model, targets, retain, change, message):
+    own = {name: value for name, value in change.items() if name in ("targets", "retain", "beta")}
+    given = {name: value for name, value in change.items() if name not in own}
     with pytest.raises(ValueError, match=message):
-        npo(model, **(dict(targets=targets, retain=retain) | change)).__enter__()
+        npo(model, settings=Unlearning(**given), **(dict(targets=targets, retain=retain) | own)).__enter__()
