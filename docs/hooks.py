@@ -21,6 +21,7 @@ from typing import Any
 from memloc_lens.benchmarks.frontier import frontier_table
 from memloc_lens.benchmarks.injection import metrics_at
 from memloc_lens.benchmarks.measurement import METRICS
+from memloc_lens.erase.forgetting import forgetting_table
 from memloc_lens.tables.markdown import deletion_tables, injection_tables
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
     "del": partial(deletion_tables, columns=METRICS),
     "inj": partial(injection_tables, columns_of=metrics_at),
     "frontier": frontier_table,
+    "forgetting": forgetting_table,
 }
 """The tables of each kind of result."""
 PROVENANCE = ("command", "commit", "machine", "date")

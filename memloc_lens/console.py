@@ -13,6 +13,10 @@ COMMANDS = {
     "frontier": ("memloc_lens.benchmarks.frontier", "compare methods of DEL runs at equal damage"),
     "erase": ("memloc_lens.erase.command", "erase memorized sequences, and write a checkpoint without them"),
     "audit": ("memloc_lens.erase.audit_command", "try to bring erased sequences back, and measure what else was lost"),
+    "forgetting": (
+        "memloc_lens.erase.benchmark",
+        "compare ways of forgetting, by sets and by training",
+    ),
     "compare": ("memloc_lens.erase.compare", "tell in which weights two checkpoints differ, and what only one recites"),
     "report": (
         "memloc_lens.report.command",

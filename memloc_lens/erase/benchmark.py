@@ -8,7 +8,7 @@ For each way (`memloc_lens.erase.ways`):
    never seen. Their ratio is the resurfacing ratio.
 4. Seconds.
 
-    python -m memloc_lens.erase.benchmark --limit 20 --out runs/forgetting
+    memloc forgetting --limit 20 --out runs/forgetting
 
 An interrupted command resumes when it is repeated.
 """
@@ -108,8 +108,8 @@ class _Texts:
 
 
 def main() -> None:
-    """Run the command line: ``python -m memloc_lens.erase.benchmark --help``."""
-    run_command(parser(ForgettingSettings, "python -m memloc_lens.erase.benchmark", __doc__), run, show)
+    """Run the command line: ``memloc forgetting --help``."""
+    run_command(parser(ForgettingSettings, "memloc forgetting", __doc__), run, show)
 
 
 @may_be_quiet
