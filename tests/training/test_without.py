@@ -35,5 +35,5 @@ def test_other_passages_keep_their_rows():
 
 def test_ids_name_passages(tmp_path):
     assert _left_out(Recipe(tmp_path, without=["passage-002", "passage-000"]), PASSAGES) == {0, 2}
-    with pytest.raises(ValueError, match="no passage has the id 'passage-003'; .* passage-000 to passage-002"):
+    with pytest.raises(ValueError, match=r"no passage has the id 'passage-003'; .* passage-000 to passage-002"):
         _left_out(Recipe(tmp_path, without=["passage-003"]), PASSAGES)
