@@ -11,7 +11,7 @@ What is lost is measured after every step, so that a set that costs too much com
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from operator import or_
@@ -143,6 +143,7 @@ def choose(
     scope: Scope = "layer",
     component: Component = NEURONS,
     batch: int = 16,
+    kept: MutableSequence[tuple[int, Step]] | None = None,
     progress: bool = False,
 ) -> Erasure:
     """Return one set of components without which no sequence can be extracted, and what is lost with it.
@@ -159,6 +160,8 @@ def choose(
         scope: take the highest scores of every layer, or of all layers together.
         component: kind of the components.
         batch: maximum number of rows at a time.
+        kept: the number of components of each sequence's own set, and its step, from an earlier call with the same
+            arguments that was interrupted; what is missing is appended.
         progress: show a progress bar.
 
     Returns:
@@ -182,11 +185,16 @@ def choose(
     limits = [limit_of(until, limit, len(sequence.suffix)) for sequence in sequences]
     search = _Search(model, sequences, scores, until, first_layer, scope, component, batch)
     measure = partial(spared.utility, model, batch, search.prefix)
-    given, before, steps = search.left(), measure(), []
+    given, before = search.left(), measure()
+    kept = [] if kept is None else kept
     for index in tqdm(range(len(sequences)), desc="choose", unit="sequence", disable=not progress):
+        if index < len(kept):
+            search.take(index, kept[index][0])
+            continue
         search.add(index, limit)
         with ablate(model, search.union):
-            steps.append(Step(sequences[index].id, len(search.union), measure()))
+            kept.append((search.counts[index], Step(sequences[index].id, len(search.union), measure())))
+    steps = [step for _, step in kept]
     while True:
         with ablate(model, search.union):
             left = search.left()
@@ -272,16 +280,17 @@ class _Search:
                 scope=self.scope,
                 component=self.component,
             )
-        self._take(index, round(found.ratio * self.width) if found else 1)
+        self.take(index, round(found.ratio * self.width) if found else 1)
 
     def grow(self, indices: Sequence[int]) -> bool:
         """Let the sets of some sequences grow, and return whether any did."""
         before = list(self.counts)
         for index in indices:
-            self._take(index, min(self.width, max(self.counts[index] + 1, math.ceil(GROWTH * self.counts[index]))))
+            self.take(index, min(self.width, max(self.counts[index] + 1, math.ceil(GROWTH * self.counts[index]))))
         return self.counts != before
 
-    def _take(self, index: int, count: int) -> None:
+    def take(self, index: int, count: int) -> None:
+        """Let a sequence have its first `count` components."""
         self.counts[index] = count
         if count:
             self.sets[index] = top_components(

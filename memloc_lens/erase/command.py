@@ -1,6 +1,7 @@
 """Erase memorized sequences from a model, and write a checkpoint without them.
 
-1. Every sequence is located; scores are kept in OUT.work, so that an interrupted command resumes when it is repeated.
+1. Every sequence is located. Scores and the steps of the choice are kept in OUT.work, so that an interrupted command
+   resumes when it is repeated.
 2. One set of components is chosen without which no sequence can be extracted, by its own prompt or by variants of it.
 3. If the damage is within the budget, the components' weights are set to zero in a copy of the model's folder: plain
    transformers loads it, and tokenizer, licence and number format stay as they came. Otherwise nothing is written, and
@@ -31,7 +32,7 @@ from memloc_lens.erase.checkpoint import check_free, check_target, write_checkpo
 from memloc_lens.erase.choosing import Erasure, check_extracted, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
-from memloc_lens.erase.kept import localize
+from memloc_lens.erase.kept import KeptSteps, localize, origin
 from memloc_lens.erase.table import print_erasure
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
@@ -39,11 +40,12 @@ from memloc_lens.models import EMBEDDED
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.disk import disk_errors, write_whole
+from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.lock import lock
 from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import AnyLocalizer, configured, reads_context, resolve
 from memloc_lens.runs.quiet import may_be_quiet
-from memloc_lens.runs.settings import RunSettings
+from memloc_lens.runs.settings import RunSettings, identities
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, drawn
 from memloc_lens.smallest_set import Until, check_until
@@ -175,6 +177,9 @@ def _run(settings: EraseSettings) -> Erasure:
     check_target(settings.model, settings.out)
     targets, spared, settings = material(settings, model)
     (localizer,), kind = settings.localizers(), component_of(settings.component)
+    measured = [identities(spared.others), None if spared.text is None else spared.text.tolist()]
+    how = [settings.until, settings.until_limit, settings.first_layer, settings.scope, settings.dtype]
+    steps = KeptSteps(settings.work / "steps.json", origin(fingerprint(model), localizer, targets, measured, how))
     with settings.memory_budget(model), fast_products(model.cfg.device):
         erasure = choose(
             model,
@@ -188,6 +193,7 @@ def _run(settings: EraseSettings) -> Erasure:
             scope=settings.scope,
             component=kind,
             batch=settings.batch,
+            kept=steps,
             progress=True,
         )
     told = json.dumps(reached(erasure), indent=1) + "\n"

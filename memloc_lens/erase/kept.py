@@ -1,21 +1,26 @@
-"""Scores of sequences, kept in a folder: localizing is the long part of an erasure, and is not done twice."""
+"""What an erasure has done so far, kept in a folder: the scores of sequences, and the steps of the choice."""
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from memloc_lens.components import Component
+from memloc_lens.erase.choosing import Step
+from memloc_lens.erase.damage import Utility
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
+from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.methods import checked_scores, settings_of
+from memloc_lens.runs.records import read_table
 from memloc_lens.runs.scores import kept_scores, read_scores, score_file
 from memloc_lens.runs.settings import identities
 from memloc_lens.sequence import MemorizedSequence
@@ -74,18 +79,64 @@ def localize(
         >>> torch.equal(scores[0], Activations()(model, sequence))
         True
     """
-    weights, method = fingerprint(model), settings_of(localizer)
+    weights = fingerprint(model)
     batch = max(1, min(batch, HELD // prod(component.shape(model))))  # a method may read its context once a batch
     places: list[tuple[Path, int]] = []
     with tqdm(total=len(sequences), desc="localize", unit="sequence") as progress:
         for start in range(0, len(sequences), batch):
             part = sequences[start : start + batch]
             file = score_file(folder, name_of(localizer), start)
-            of = hashlib.sha256(json.dumps([weights, method, identities(part)], default=str).encode()).hexdigest()
+            of = origin(weights, localizer, part)
             kept_scores(file, partial(_scored, localizer, model, part, component), of)
             places += [(file, row) for row in range(len(part))]
             progress.update(len(part))
     return KeptScores(places)
+
+
+def origin(weights: str, localizer: AnyLocalizer, sequences: Sequence[MemorizedSequence], *more: Any) -> str:
+    """Return a hash of what something is computed from.
+
+    Args:
+        weights: fingerprint of the model.
+        localizer: with its settings.
+        sequences: to erase.
+        more: in plain values.
+    """
+    parts = [weights, settings_of(localizer), identities(sequences), *more]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
+
+
+class KeptSteps(list[tuple[int, Step]]):
+    """The steps of a choice, written to a file as they are appended, and read again if they are of the same choice.
+
+    Args:
+        file: that keeps them.
+        of: what the choice is made from, as `origin` says.
+
+    Example:
+        >>> steps = KeptSteps(Path("steps.json"), of="these sequences")
+        >>> steps.append((3, Step("s0", 3, Utility(None, 90.0))))
+        >>> len(KeptSteps(Path("steps.json"), of="these sequences")), len(KeptSteps(Path("steps.json"), of="others"))
+        (1, 0)
+    """
+
+    def __init__(self, file: Path, of: str) -> None:
+        self._file, self._of = file, of
+        found = read_table(file) if file.is_file() else {}
+        super().__init__(map(_as_step, found["steps"]) if found.get("of") == of else ())
+
+    def append(self, step: tuple[int, Step]) -> None:
+        """Append the size of a sequence's own set and its step, and write all."""
+        super().append(step)
+        content = json.dumps({"of": self._of, "steps": [[own, asdict(step)] for own, step in self]})
+        with disk_errors(self._file.parent):
+            write_whole(self._file, lambda part: part.write_text(content, "utf-8"))
+
+
+def _as_step(kept: Sequence[Any]) -> tuple[int, Step]:
+    own, step = kept
+    utility = step["utility"]
+    return own, Step(**step | {"utility": Utility(**utility | {"accuracies": tuple(utility["accuracies"])})})
 
 
 def _scored(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_original, write_lines
 from memloc_lens import load_model
 from memloc_lens.erase import command, compare
+from memloc_lens.erase.choosing import _Search
 from memloc_lens.erase.command import EraseSettings, main, run
 from memloc_lens.erase.compare import main as compare_main
 
@@ -71,6 +72,33 @@ def test_scores_are_kept(small, monkeypatch):
     assert run(small).succeeded
     with pytest.raises(AssertionError):
         run(replace(small, out=small.out.with_name("other"), method="activations"))
+
+
+def test_a_killed_choice_resumes(small, monkeypatch):
+    whole = run(small)
+    killed = replace(small, out=small.out.with_name("killed"))
+    searched = []
+
+    def counted(search, index, limit, add=_Search.add):
+        searched.append(index)
+        if len(searched) == 2:
+            raise KeyboardInterrupt
+        add(search, index, limit)
+
+    monkeypatch.setattr(_Search, "add", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(killed)
+    assert not killed.out.exists()
+    resumed = run(killed)
+    assert searched == [0, 1, 1]  # the first sequence was not searched again
+    assert resumed.components == whole.components
+    assert resumed.steps == whole.steps
+    assert resumed.losses == whole.losses
+    run(replace(killed, out=killed.out.with_name("killed2")))
+    assert searched[3:] == [0, 1]
+    shutil.rmtree(killed.out)
+    run(replace(killed, until="greedy"))
+    assert searched[5:] == [0, 1]
 
 
 def test_settings_are_refused_before_any_long_work(small, recited, monkeypatch, tmp_path):
