@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.markdown import Markdown
 from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
@@ -33,7 +31,7 @@ from memloc_lens.erase.command import EraseSettings, material
 from memloc_lens.erase.criteria import extracted
 from memloc_lens.erase.damage import Spared
 from memloc_lens.erase.extraction import recitations
-from memloc_lens.erase.forgetting import Forgetting, Row, forgetting_table
+from memloc_lens.erase.forgetting import Forgetting, Row, print_forgetting
 from memloc_lens.erase.membership import membership
 from memloc_lens.erase.relearning import Relearning, resurfacing
 from memloc_lens.erase.state import cells
@@ -251,7 +249,7 @@ def _keep(file: Path, origin: str, row: Row) -> None:
 
 def show(settings: ForgettingSettings, found: Forgetting) -> None:
     """Print the table."""
-    Console().print(Markdown(forgetting_table(found)))
+    print_forgetting(found)
     print(f"\nall figures: {visible(settings.out / 'summary.json')}")
 
 

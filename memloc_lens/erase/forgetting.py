@@ -4,9 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+from rich.console import Console
+from rich.table import Table
+
 from memloc_lens.erase.damage import Utility, neg_loss, ppl_rise
 from memloc_lens.erase.relearning import Relearned, Resurfacing, median_steps
 from memloc_lens.runs.schema import Cells
+from memloc_lens.runs.visible import plain
+from memloc_lens.tables.terminal import wide_console
 
 COLUMNS = (
     *("way", "dropped or trained", "extracted", "accuracy", "strength", "PPL, %", "others", "AUROC"),
@@ -77,6 +82,21 @@ def forgetting_table(found: Forgetting) -> str:
         f"of as many new texts, can be extracted; medians, of at most {most}. Ratio: steps of the new by those of the "
         "erased."
     )
+
+
+def print_forgetting(found: Forgetting, console: Console | None = None) -> None:
+    """Print all ways on the terminal, or as wide as needed if there is none.
+
+    Args:
+        found: the result of a run.
+        console: where to print.
+    """
+    table = Table(title=f"{len(found['sequences'])} sequences", title_justify="left")
+    for number, heading in enumerate(COLUMNS):
+        table.add_column(heading, justify="right" if number else "left")
+    for way, row in found["ways"].items():
+        table.add_row(plain(way), *map(plain, _cells(found, row)))
+    wide_console(console).print(table)
 
 
 def _cells(found: Forgetting, row: Row) -> list[str]:
