@@ -74,7 +74,8 @@ def write_checkpoint(
     folder = checkpoint_folder(source)
     with _whole_folder(target) as part:
         if folder is None:
-            left_out = _unpack(source, part, components, model.cfg.dtype)
+            left_out = []
+            unpack(source, part, components, model.cfg.dtype)
         else:
             left_out = _copy(folder, part, components)
         told = {**(about or {}), **_described(components), "left_out": left_out}
@@ -171,19 +172,27 @@ def _copy(folder: Path, part: Path, components: ComponentSet) -> list[str]:
     return left_out
 
 
-def _unpack(source: str | Path | None, part: Path, components: ComponentSet, dtype: torch.dtype) -> list[str]:
-    """Write a model that has no folder, after its weights are set to zero in memory."""
+def unpack(
+    source: str | Path | None, folder: Path, components: ComponentSet | None = None, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the folder of a model that has none, as one in a GGUF file.
+
+    Args:
+        source: as for `load_model`.
+        folder: that is written to.
+        components: whose weights are set to zero in memory first.
+        dtype: of the numbers.
+    """
     original = read_original(source, None, dtype)
     outputs = OUTPUTS[type(original.model).__name__]
     with torch.no_grad():
         for name, weight in original.model.named_parameters():
-            members = _members(outputs, components, name, tuple(weight.shape))
+            members = None if components is None else _members(outputs, components, name, tuple(weight.shape))
             if members is not None:
                 weight[members] = 0
-    _as_unquantized(original.model).save_pretrained(part)
+    _as_unquantized(original.model).save_pretrained(folder)
     if original.tokenizer is not None:
-        original.tokenizer.save_pretrained(part)
-    return []
+        original.tokenizer.save_pretrained(folder)
 
 
 def _as_unquantized(model: Any) -> Any:

@@ -8,9 +8,11 @@ With sequences, each checkpoint is asked for them by greedy decoding: who recite
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import tyro
@@ -21,10 +23,12 @@ from torch import Tensor
 from memloc_lens.checks import check_number
 from memloc_lens.components import HEADS, NEURONS
 from memloc_lens.data import load_sequences
+from memloc_lens.erase.checkpoint import unpack
 from memloc_lens.erase.files import tensors_of, weight_files
 from memloc_lens.erase.outputs import Outputs, outputs_of
 from memloc_lens.generation import free_running
 from memloc_lens.models import check_device, load_model
+from memloc_lens.models.sources import checkpoint_folder
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.visible import plain, visible
@@ -78,8 +82,8 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
     """Return the tensors in which two checkpoints differ.
 
     Args:
-        first: folder in transformers format.
-        second: folder in transformers format.
+        first: what `load_model` reads. A GGUF file is unpacked, in float32, for as long as this takes.
+        second: the same.
 
     Raises:
         ValueError: if a folder holds no weights, or a file cannot be read.
@@ -91,7 +95,22 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
         >>> [(own.name, own.weights, own.zero_rows) for own in compare(EMBEDDED, erased)]
         [('transformer.h.1.mlp.c_proj.weight', 192, (5,))]
     """
-    first, second = Path(first).expanduser(), Path(second).expanduser()
+    with _as_folder(first) as one, _as_folder(second) as other:
+        return _differences(one, other)
+
+
+@contextmanager
+def _as_folder(source: str | Path) -> Iterator[Path]:
+    folder = checkpoint_folder(source)
+    if folder is not None:
+        yield folder.expanduser()
+        return
+    with TemporaryDirectory() as temporary:
+        unpack(source, Path(temporary))
+        yield Path(temporary)
+
+
+def _differences(first: Path, second: Path) -> list[Difference]:
     outputs, others = outputs_of(first), _Tensors(second)
     found, seen = [], set()
     for file in weight_files(first):
@@ -167,16 +186,16 @@ class CompareSettings:
     """What to compare.
 
     Args:
-        first: Folder of the first checkpoint, such as the original.
-        second: Folder of the second one.
+        first: The first checkpoint, such as the original: a folder, or a name as for the other commands.
+        second: The second one.
         data: Sequences to ask both for: JSON lines with "all" and "prompt_len", or another format that is read.
         limit: Number of sequences, the first of the data; 0 takes all.
         device: Device of the models. Default: CUDA if there is one, else the CPU.
         quiet: Show no progress bars.
     """
 
-    first: tyro.conf.Positional[Path]
-    second: tyro.conf.Positional[Path]
+    first: tyro.conf.Positional[str]
+    second: tyro.conf.Positional[str]
     data: Path | None = None
     limit: int = 0
     device: str | None = None

@@ -14,7 +14,7 @@ from memloc_lens.runs.visible import plain
 from memloc_lens.tables.terminal import wide_console
 
 COLUMNS = (
-    *("way", "dropped or trained", "extracted", "accuracy", "strength", "PPL, %", "others", "AUROC"),
+    *("method", "dropped or trained", "extracted", "accuracy", "strength", "PPL, %", "others", "AUROC"),
     *("steps, erased", "steps, new", "ratio", "seconds"),
 )
 

@@ -22,6 +22,7 @@ from transformers import (
 from conftest import ARCHITECTURES, VOCAB, make_original
 from memloc_lens import Neurons, load_model
 from memloc_lens.erase import write_checkpoint
+from memloc_lens.erase.compare import compare
 from memloc_lens.models import EMBEDDED, check_device, load, prepare, sources
 from memloc_lens.models.sources import checkpoint_folder
 
@@ -126,6 +127,10 @@ def test_a_gguf_file_is_written_as_a_folder_without_its_neurons(tmp_path):
     assert erased.state_dict().keys() == expected.keys()
     assert all(torch.allclose(weight, expected[name], atol=1e-6) for name, weight in erased.state_dict().items())
     assert AutoTokenizer.from_pretrained(tmp_path / "erased")("!!", add_special_tokens=False)["input_ids"] == [1]
+    differences = compare(path, tmp_path / "erased")
+    assert [(own.name, own.rows) for own in differences] == [
+        (f"model.layers.{layer}.mlp.down_proj.weight", (row,)) for layer, row in ((1, 5), (2, 7))
+    ]
 
 
 @torch.no_grad()
