@@ -1,7 +1,8 @@
 """Load a model from wherever it is stored, always as an unprocessed `HookedTransformer`.
 
 1. Check the arguments.
-2. Read weights and tokenizer with transformers (`sources.py`).
+2. Read weights and tokenizer with transformers (`sources.py`); the embedded files have the hashes of their release
+   (`integrity.py`).
 3. Convert the configuration and the weights as the table in `families.py` says, without folding or centring: a row of
    `W_out` is then the row of the original model, and so are its norm and its gradient.
 4. Compare what both models compute (`verification.py`), before the original is freed.

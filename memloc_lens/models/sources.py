@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from memloc_lens.models.families import family_of
+from memloc_lens.models.integrity import check_files
 
 EMBEDDED = Path(__file__).parent / "embedded"
 """The folder of the model that comes with the package."""
@@ -77,6 +78,7 @@ def read_original(name: str | Path | None, revision: str | None, dtype: torch.dt
     if name in (None, EMBEDDED.name, *PACKAGED) or is_file or path.exists() or path.is_absolute():
         _refuse_revision(name, revision)
     if name is None or name == EMBEDDED.name:
+        check_files(EMBEDDED.with_suffix(".sha256"))
         return Original(*_read_folder(EMBEDDED, dtype), "embedded")
     if name in PACKAGED:
         return Original(*_read_gguf(_packaged(str(name)), dtype), str(name))
