@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_number
-from memloc_lens.components import ComponentName
+from memloc_lens.components import ComponentName, Scope
 from memloc_lens.data import load_sequences
 from memloc_lens.erase.command import EraseSettings, material
 from memloc_lens.erase.criteria import extracted
@@ -61,7 +61,7 @@ class ForgettingSettings(EraseSettings):
         retrained: Model that was trained without the sequences: a name or a folder.
         controls: Texts that the model has never seen, for relearning: a file as for data. Default: the data's split
             "control".
-        relearn: Number of sequences to relearn, the first ones, and of new texts.
+        relearn: Number of sequences to relearn, at most, the first ones, and of new texts.
         max_steps: Most steps of fine-tuning.
         lr: Learning rate of the fine-tuning.
         limit: Number of sequences to forget, the first of the data; 0 takes all.
@@ -77,6 +77,7 @@ class ForgettingSettings(EraseSettings):
     out: Path = Path("runs/forgetting")
     component: Annotated[ComponentName, tyro.conf.Suppress] = "neuron"
     method: Annotated[str | None, tyro.conf.Suppress] = ITERATIVE
+    scope: Annotated[Scope, tyro.conf.Suppress] = "global"
     max_ppl_rise: Annotated[float, tyro.conf.Suppress] = 2.0
     max_neg_loss: Annotated[float, tyro.conf.Suppress] = 2.0
 
@@ -144,16 +145,17 @@ def _texts(settings: ForgettingSettings, model: HookedTransformer) -> _Texts:
     """Load everything that is read.
 
     Raises:
-        ValueError: if files cannot be used, or there are fewer texts to relearn than asked for.
+        ValueError: if files cannot be used, or there are fewer new texts than sequences to relearn.
     """
     targets, spared, with_context = material(settings, model)
     (localizer,) = with_context.localizers()
     load = partial(load_sequences, model, prompt_len=settings.prompt_len, bos=settings.bos)
     controls = load(settings.controls) if settings.controls else load(settings.data, "control")
-    if min(len(targets), len(controls)) < settings.relearn:
+    count = min(settings.relearn, len(targets))
+    if len(controls) < count:
         raise ValueError(
-            f"relearn is {settings.relearn}, and there are {len(targets)} sequences and {len(controls)} texts that "
-            "were never seen; lower it, or give more as --controls"
+            f"{count} sequences are relearned, and there are {len(controls)} texts that were never seen; lower "
+            "--relearn, or give more as --controls"
         )
     retrained = None
     if settings.retrained is not None:
@@ -241,7 +243,7 @@ def _kept(file: Path, origin: str) -> Row | None:
 
 
 def _keep(file: Path, origin: str, row: Row) -> None:
-    content = json.dumps({"of": origin, "row": row}, allow_nan=False)
+    content = json.dumps({"of": origin, "by": provenance(), "row": row}, allow_nan=False)
     with disk_errors(file.parent):
         file.parent.mkdir(exist_ok=True)
         write_whole(file, lambda part: part.write_text(content, "utf-8"))

@@ -136,8 +136,7 @@ def test_the_table_has_the_figures_of_the_rows(small):
 def test_what_cannot_be_used(small, recited, tmp_path):
     few = write_lines(tmp_path / "few.jsonl", [{"tokens": list(range(14)), "prompt_len": 6, "id": "few"}])
     for changes, words in (
-        (dict(relearn=3), "relearn is 3, and there are 2 sequences and 2 texts"),
-        (dict(controls=few), "there are 2 sequences and 1 texts"),
+        (dict(controls=few), "2 sequences are relearned, and there are 1 texts"),
         (dict(context_sequences=0), "give --context"),
         (dict(retrained=str(tmp_path / "nowhere")), "nowhere"),
     ):
