@@ -200,6 +200,7 @@ def _run(settings: ForgettingSettings, model: HookedTransformer, texts: _Texts) 
 
 def _row(forgotten: Forgotten, texts: _Texts, relearning: Relearning, count: int) -> Row:
     model, task = forgotten.model, texts.task
+    count = min(count, len(task.targets))
     utility = texts.spared.utility(model, task.batch)
     learned = {
         kind: {own.id: relearning(model, own, [own]) for own in tqdm(part[:count], desc=kind, unit="text", leave=False)}
