@@ -163,6 +163,8 @@ def run(settings: EraseSettings) -> Erasure:
         (True, True)
     """
     check_free(settings.out)
+    if settings.model == EMBEDDED.name or Path(settings.model).expanduser().exists():
+        check_target(settings.model, settings.out)  # before anything is written; others have no folder until loaded
     with disk_errors(settings.work):
         settings.work.mkdir(parents=True, exist_ok=True)
         held = lock(settings.work)

@@ -119,6 +119,7 @@ def test_settings_are_refused_before_any_long_work(small, recited, monkeypatch, 
     ):
         with pytest.raises(ValueError, match=words):
             run(replace(small, **changes))
+    assert not list((recited / "model").glob("*.work"))
     for changes, words in (
         (dict(max_ppl_rise=-1.0), "max_ppl_rise is -1"),
         (dict(method="nothing"), "no method is called 'nothing'"),
