@@ -44,8 +44,8 @@ MEASURED = {
 """How the figures of each part are measured."""
 
 NOT_TRIED = (
-    "paraphrased or translated prompts, conversations, instructions, or jailbreaks, except those that were given "
-    "(`given`): none is made here",
+    "paraphrased or translated prompts, conversations, instructions, or jailbreaks, except those that were given: "
+    "none is made here",
     "prompts that were optimized against the model (soft prompts, greedy coordinate gradients)",
     "other decoding: beam search, other temperatures, top-k or top-p sampling, contrastive decoding between the "
     "original and the erased model",
