@@ -5,6 +5,7 @@ Everything here acts in the forward pass, at every position: neurons at ``blocks
 never touched, and closing the context removes the hooks.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,13 +14,12 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_model, check_not_compiled, check_number, described
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
 from memloc_lens.forward import at_least_float32
 from memloc_lens.isolation import isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 from memloc_lens.turns import turn
 
@@ -131,6 +131,10 @@ def _seen_by_compiled_code(model: HookedTransformer) -> Iterator[None]:
 
 def _forget_compiled_code(model: HookedTransformer) -> None:
     """Drop what `torch.compile` keeps of the model's forward pass, if anything."""
+    if "torch._dynamo.eval_frame" not in sys.modules:  # it takes a second to import, and nothing compiles without it
+        return
+    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
+
     if _debug_get_cache_entry_list(type(model).forward.__code__):
         torch.compiler.reset()
 

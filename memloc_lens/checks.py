@@ -5,7 +5,8 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
-from transformer_lens import HookedTransformer
+
+from memloc_lens.library_types import HookedTransformer
 
 
 def check_model(model: object) -> HookedTransformer:
@@ -206,3 +207,15 @@ def described(value: Any) -> str:
 def in_one_line(error: Exception) -> str:
     """Return the message of an error of another library, short and in one line."""
     return " ".join(str(error).split())[:120]
+
+
+def reason(error: BaseException) -> str:
+    """Return the messages of an error and of what caused it in one line."""
+    messages: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        message = " ".join(str(cause).split()) or type(cause).__name__
+        if not any(message in earlier for earlier in messages):
+            messages.append(message)
+        cause = cause.__cause__
+    return "; because: ".join(messages)

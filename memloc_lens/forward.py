@@ -9,14 +9,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
-from transformer_lens import HookedTransformer
-from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
 from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
 from memloc_lens.hooks import END, hooked
 from memloc_lens.isolation import gradients_possible, isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.products import fast_products
 from memloc_lens.sequence import Batch
 
@@ -147,6 +145,8 @@ def run_layers(
         start: from 0 to the number of layers, which runs none.
         prompt_len: of the rows.
     """
+    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+
     last = model.cfg.n_layers - 1
     targets = slice(prompt_len - 1, -1)
     if start > last or not _can_split_last_layer(model):
@@ -315,6 +315,8 @@ def _log_odds(
 
 def norm_after_mlp(model: HookedTransformer) -> bool:
     """Tell whether a norm follows the MLP (Gemma 2, OLMo 2), so that neurons do not simply add to the stream."""
+    from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
+
     return model.cfg.use_normalization_before_and_after or model.cfg.original_architecture in POST_NORM_ARCHITECTURES
 
 

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
 from memloc_lens.isolation import isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as torch_modules
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
+
+from memloc_lens.library_types import HookedTransformer, HookPoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

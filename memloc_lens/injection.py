@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import (
@@ -40,6 +39,7 @@ from memloc_lens.components import (
 from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
 from memloc_lens.hooks import check_no_backward_hooks, own
 from memloc_lens.isolation import gradients_possible
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.turns import turn
 

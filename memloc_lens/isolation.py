@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.hooks import check_no_hook_on_itself
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.turns import turn
 
 

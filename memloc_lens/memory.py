@@ -14,7 +14,8 @@ from typing import TypeVar
 import psutil
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
+
+from memloc_lens.library_types import HookedTransformer
 
 CPU_TOKENS_AT_ONCE, GPU_TOKENS_AT_ONCE = 2560, 2**16
 """Tokens in one pass: more gain nothing, and on a CPU they no longer fit its caches."""

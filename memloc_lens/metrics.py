@@ -12,15 +12,14 @@ from typing import get_args
 import torch
 from jaxtyping import Float, Int
 from rapidfuzz.distance import Levenshtein
-from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_model, check_tensor, described
 from memloc_lens.components import ComponentSet, Scope, count_of
 from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss, target_losses
 from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.isolation import isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import (
     Batch,
@@ -250,6 +249,8 @@ def auroc(scores: Float[Tensor, " layer *unit"], gold: ComponentSet) -> float:
 
     In [0, 1]; 0.5 is chance, and a tie counts half.
     """
+    from sklearn.metrics import roc_auc_score
+
     _check_scores(scores, gold)
     return float(roc_auc_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
 
@@ -259,6 +260,8 @@ def average_precision(scores: Float[Tensor, " layer *unit"], gold: ComponentSet)
 
     In [0, 1]; chance is the share of the ground truth.
     """
+    from sklearn.metrics import average_precision_score
+
     _check_scores(scores, gold)
     return float(average_precision_score(gold.members.flatten().cpu(), scores.flatten().cpu()))
 

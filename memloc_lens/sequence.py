@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Int, Integer
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_text, described
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.markup import Html, escaped
 
 Tokens = Integer[Tensor, " pos"] | Integer[np.ndarray, " pos"] | Sequence[SupportsIndex]

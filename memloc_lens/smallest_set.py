@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import Ablation, ablate, mean_activations
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
 from memloc_lens.forward import at_least_float32, run_layers, target_logits
 from memloc_lens.isolation import isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 Until = Literal["unextractable", "greedy", "accuracy", "sampled"]

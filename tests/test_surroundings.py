@@ -248,7 +248,7 @@ def test_compiled_code_is_made_again_for_an_ablation(model, monkeypatch):
     monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(True))
     neurons = top_neurons(torch.rand(2, 6), 0.5)
     for cached, expected in (([], 0), ([object()], 2)):
-        monkeypatch.setattr("memloc_lens.ablation._debug_get_cache_entry_list", lambda code, cached=cached: cached)
+        monkeypatch.setattr("torch._dynamo.eval_frame._debug_get_cache_entry_list", lambda code, cached=cached: cached)
         with ablate(model, neurons):
             assert len(forgotten) == expected / 2
         assert len(forgotten) == expected

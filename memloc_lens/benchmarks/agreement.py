@@ -25,7 +25,6 @@ from numpy import ndarray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from scipy.stats import kendalltau, permutation_test, spearmanr
 
 from memloc_lens.checks import check_number
 from memloc_lens.runs.command_line import parser, run_command
@@ -169,6 +168,8 @@ def _check_same_model(deletion: FinishedRun, injection: FinishedRun) -> None:
 
 
 def _agreement(rankings: list[Ranking], methods: list[str], seed: int) -> Agreement:
+    from scipy.stats import kendalltau, spearmanr
+
     rng = np.random.default_rng(seed)
     draws = [[ranking.resampled(rng) for ranking in rankings] for _ in range(RESAMPLES)]
     rows: dict[str, list[Rank]] = {method: [] for method in methods}
@@ -233,6 +234,8 @@ def _p_value(
     better: Float[ndarray, " sequence"], worse: Float[ndarray, " sequence"], rng: np.random.Generator
 ) -> float:
     """Return the chance of so large a mean difference if the two were exchangeable on every sequence."""
+    from scipy.stats import permutation_test
+
     test = permutation_test(
         (better, worse),
         lambda one, other, axis: (one - other).mean(axis=axis),

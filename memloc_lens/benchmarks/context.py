@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.data import load_texts
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED

@@ -6,12 +6,12 @@ from typing import get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.deletion import DeletionSettings, localized_at_once, located
 from memloc_lens.checks import check_choice
 from memloc_lens.components import ComponentSet
 from memloc_lens.data import load_sequences
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import load_model
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.finished import FinishedRun

@@ -26,7 +26,6 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.context import with_context
 from memloc_lens.benchmarks.injection_settings import InjectionSettings
@@ -34,6 +33,7 @@ from memloc_lens.benchmarks.tuning import tune
 from memloc_lens.components import ComponentSet, component_of, count_of, top_components
 from memloc_lens.data import load_definitions, load_sequences
 from memloc_lens.injection import Injection, inject
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers import WeightNorm
 from memloc_lens.metrics import auroc, average_precision, recall, recall_ceiling
 from memloc_lens.models import EMBEDDED

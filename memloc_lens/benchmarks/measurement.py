@@ -9,11 +9,11 @@ from typing import Literal, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.prompts import PROMPTS
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import Predictions, free_running
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.metrics import (
     perplexity,
     row_losses,

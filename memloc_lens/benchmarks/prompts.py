@@ -7,8 +7,7 @@ context is gone; one that continues other prompts, too, remembers more.
 import random
 from collections.abc import Callable, Mapping
 
-from transformer_lens import HookedTransformer
-
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence
 
 EVERY = 8

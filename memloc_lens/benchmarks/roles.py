@@ -28,12 +28,12 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.context import HELD_OUT
 from memloc_lens.benchmarks.finished_del import load_same_model, located_sets, targets_of
 from memloc_lens.components import NEURONS, post, top_neurons
 from memloc_lens.data import load_texts
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import check_device

@@ -29,11 +29,11 @@ from jaxtyping import Float
 from numpy import ndarray
 from rich.console import Console
 from rich.table import Table
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.finished_del import load_same_model, located_sets, targets_of
 from memloc_lens.checks import check_number
 from memloc_lens.components import NEURONS, ComponentSet, post
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import check_device
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run

@@ -13,10 +13,9 @@ from itertools import product
 from math import prod
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from memloc_lens.components import component_of, top_components
 from memloc_lens.injection import Injection
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import recall, recall_ceiling
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial

@@ -19,11 +19,10 @@ from weakref import WeakKeyDictionary
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
 from memloc_lens.checks import check_choice, check_first_layer, check_model, check_tensor, described
 from memloc_lens.hooks import own
+from memloc_lens.library_types import HookedTransformer, HookPoint
 
 Edit = Callable[[Tensor], Tensor]
 """What to make of a layer's activations, or of its weights."""

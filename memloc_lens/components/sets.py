@@ -11,11 +11,11 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_tensor
 from memloc_lens.components.kinds import NEURONS, Component, check_component, component_of
 from memloc_lens.components.strip import binned, strip, units_of_column
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.markup import escaped
 
 SomeSet = TypeVar("SomeSet", bound="ComponentSet")

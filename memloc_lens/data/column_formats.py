@@ -7,12 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, load_from_disk
-
 from memloc_lens.data.opening import exists, first_line, parsing
 from memloc_lens.data.row import CONTENT_FIELDS, FIELDS, Row, file_row
+from memloc_lens.library_types import RecordBatch
 
 BATCH = 256
 """Rows of a Parquet file that are decoded at a time."""
@@ -20,6 +17,8 @@ BATCH = 256
 
 def parquet(path: Path) -> Iterator[Row]:
     """Read a Parquet file."""
+    import pyarrow.parquet as pq
+
     format = "a Parquet file"
     with parsing(path, format):
         file = pq.ParquetFile(str(path), memory_map=True, page_checksum_verification=True)
@@ -30,6 +29,8 @@ def parquet(path: Path) -> Iterator[Row]:
 
 def arrow(path: Path) -> Iterator[Row]:
     """Read an Arrow file, which is what Feather is now, or an Arrow stream, which is what `datasets` writes."""
+    import pyarrow as pa
+
     format = "an Arrow file or stream"
     with parsing(path, format):
         source = pa.memory_map(str(path))
@@ -47,6 +48,8 @@ def is_saved_data_set(folder: Path) -> bool:
 
 def saved_data_set(folder: Path) -> Iterator[Row]:
     """Read the folder of a data set."""
+    from datasets import Dataset, load_from_disk
+
     try:
         data_set = load_from_disk(str(folder))
     except Exception as error:  # the files in the folder may be damaged in any way
@@ -73,7 +76,7 @@ def _columns(path: Path, names: list[str]) -> list[str]:
     return columns
 
 
-def _batch_rows(path: Path, format: str, columns: list[str], batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
+def _batch_rows(path: Path, format: str, columns: list[str], batches: Iterator[RecordBatch]) -> Iterator[Row]:
     number = 0
     while True:
         with _batch_errors(path, format, number):

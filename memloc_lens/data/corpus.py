@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from transformer_lens import HookedTransformer
-
 from memloc_lens.data.column_formats import is_saved_data_set
 from memloc_lens.data.opening import NotText, exists, path_of
 from memloc_lens.data.readers import is_plain_text, rows
 from memloc_lens.data.row import Row, category_of, content_of, errors_at
 from memloc_lens.data.token_formats import pair_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import subjects
 
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
 from memloc_lens.data.opening import path_of
@@ -20,6 +19,7 @@ from memloc_lens.data.row import (
     with_distinct_ids,
 )
 from memloc_lens.data.text_formats import text_lines
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"

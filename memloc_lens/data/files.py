@@ -4,7 +4,6 @@ from pathlib import Path
 from reprlib import repr as shortened
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_characters, check_model, check_number
 from memloc_lens.data.readers import is_plain_text, rows
@@ -18,6 +17,7 @@ from memloc_lens.data.row import (
     text_of,
     with_distinct_ids,
 )
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import EMBEDDED
 from memloc_lens.sequence import MemorizedSequence, decode
 

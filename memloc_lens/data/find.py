@@ -28,7 +28,6 @@ from rich.table import Table
 from memloc_lens.data.corpus import read_corpus
 from memloc_lens.data.found import Counts, FindSettings, FoundSequence, FoundWindow, Report, Split
 from memloc_lens.data.guessing import foreign_prompts, shuffled_prompts, why_guessable
-from memloc_lens.data.near_duplicates import near_duplicate_groups
 from memloc_lens.data.readers import is_local
 from memloc_lens.data.search import Search, begin, digest_of, generate, scan
 from memloc_lens.runs.command_line import parser, run_command
@@ -116,6 +115,8 @@ def _with_guesses(search: Search, windows: list[FoundWindow]) -> list[FoundWindo
 
 def _without_near_duplicates(settings: FindSettings, windows: list[FoundWindow]) -> list[FoundWindow]:
     """Keep of every group of near-duplicates the one generated best, then the more accurate, then the first."""
+    from memloc_lens.data.near_duplicates import near_duplicate_groups
+
     groups = near_duplicate_groups([window["tokens"] for window in windows], settings.near_duplicate).tolist()
     best: dict[int, FoundWindow] = {}
     for group, window in zip(groups, windows, strict=True):

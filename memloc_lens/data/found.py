@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_number
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import EMBEDDED, check_device, load_model
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import Precision

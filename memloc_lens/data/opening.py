@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-import pyarrow as pa
-
 LARGEST = 2**28
 """Bytes that are held in memory at once: of a line, of a text that is one row, or of a compressed array."""
 
@@ -25,6 +23,8 @@ class NotText(ValueError):
 
 
 def _zstandard(path: Path) -> io.BufferedIOBase:
+    import pyarrow as pa
+
     return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 

@@ -19,8 +19,6 @@ Text may be compressed: `.gz` or `.zst` after the suffix of its format.
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets import load_dataset
-
 from memloc_lens.data.column_formats import arrow, is_saved_data_set, parquet, saved_data_set
 from memloc_lens.data.opening import (
     DECOMPRESSORS,
@@ -105,6 +103,8 @@ def hub_rows(source: str, default_split: str, streaming: bool = False) -> Iterat
     Raises:
         ValueError: if the data set or the split cannot be loaded, with the reason.
     """
+    from datasets import load_dataset
+
     name, _, named_split = source.partition(":")
     split = named_split or default_split
     short_name = source.partition("/")[2]

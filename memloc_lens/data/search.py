@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from rapidfuzz.distance import Levenshtein
-from transformer_lens import HookedTransformer
 
 from memloc_lens.data.corpus import Window, read_corpus, windows_of
 from memloc_lens.data.found import Counts, FindSettings, FoundWindow, Measured
 from memloc_lens.data.readers import is_local
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
 from memloc_lens.products import fast_products
 from memloc_lens.runs.fingerprint import fingerprint

@@ -17,7 +17,6 @@ from typing import Any, cast
 
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
 from memloc_lens.erase.claims import MEASURED, NOT_TRIED
@@ -29,6 +28,7 @@ from memloc_lens.erase.relearning import LESSONS, Relearned, Relearning, resurfa
 from memloc_lens.erase.resuming import measured, records_in
 from memloc_lens.erase.schema import Audit, Change, LessonResult
 from memloc_lens.erase.state import State, Texts, cells
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.runs.disk import write_whole
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.provenance import provenance

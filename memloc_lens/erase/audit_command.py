@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.context import HELD_OUT
 from memloc_lens.checks import check_number
@@ -30,6 +29,7 @@ from memloc_lens.erase.audit import audit, write_audit
 from memloc_lens.erase.given import read_prompts
 from memloc_lens.erase.relearning import Relearning
 from memloc_lens.erase.schema import Audit
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED, check_device, load_model

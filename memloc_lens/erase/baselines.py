@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.criteria import extracted
@@ -28,6 +27,7 @@ from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
 from memloc_lens.erase.variants import Prompts, prompts_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Recitation, Until, check_until
 

@@ -22,7 +22,6 @@ from typing import Annotated
 
 import tyro
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName, Scope
@@ -37,6 +36,7 @@ from memloc_lens.erase.relearning import Relearning, resurfacing
 from memloc_lens.erase.state import cells
 from memloc_lens.erase.variants import prompts_of
 from memloc_lens.erase.ways import ITERATIVE, WAYS, Forgotten, Task
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import load_model
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import parser, run_command

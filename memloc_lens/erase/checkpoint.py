@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.components import ComponentSet
 from memloc_lens.erase.files import copied_files, copy_file, weight_files, zero
 from memloc_lens.erase.outputs import OUTPUTS, Outputs, outputs_of
 from memloc_lens.erase.verification import check_written
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import load_model
-from memloc_lens.models.sources import checkpoint_folder, read_original
 
 CONFIG = "config.json"
 ERASURE = "erasure.json"
@@ -67,6 +66,8 @@ def write_checkpoint(
         >>> int((erased.W_out == 0).all(dim=-1).sum())
         2
     """
+    from memloc_lens.models.sources import checkpoint_folder
+
     target = Path(target).expanduser()
     check_target(source, target)
     model = model or load_model(source)
@@ -96,6 +97,8 @@ def check_target(source: str | Path | None, target: Path) -> None:
     Raises:
         ValueError: if it lies inside the source, its disk has too little space, or the source has no folder.
     """
+    from memloc_lens.models.sources import checkpoint_folder
+
     check_free(target)
     folder = checkpoint_folder(source)
     if folder is None:
@@ -183,6 +186,8 @@ def unpack(
         components: whose weights are set to zero in memory first.
         dtype: of the numbers.
     """
+    from memloc_lens.models.sources import read_original
+
     original = read_original(source, None, dtype)
     outputs = OUTPUTS[type(original.model).__name__]
     with torch.no_grad():

@@ -20,7 +20,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_model
@@ -29,6 +28,7 @@ from memloc_lens.erase.criteria import UNITS, Left, left_of
 from memloc_lens.erase.damage import Budget, Losses, Spared, Utility, neg_loss, ppl_rise
 from memloc_lens.erase.variants import prompts_of
 from memloc_lens.forward import PrefixCache
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Until, limit_of, smallest_set
 

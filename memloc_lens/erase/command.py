@@ -22,7 +22,6 @@ from typing import Annotated, ClassVar
 import tyro
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.context import HELD_OUT, with_context
 from memloc_lens.checks import check_choice, check_first_layer, check_number
@@ -34,6 +33,7 @@ from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
 from memloc_lens.erase.kept import KeptSteps, localize, origin
 from memloc_lens.erase.table import print_erasure
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED

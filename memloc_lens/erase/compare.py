@@ -28,7 +28,6 @@ from memloc_lens.erase.files import tensors_of, weight_files
 from memloc_lens.erase.outputs import Outputs, outputs_of
 from memloc_lens.generation import free_running
 from memloc_lens.models import check_device, load_model
-from memloc_lens.models.sources import checkpoint_folder
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.visible import plain, visible
@@ -101,6 +100,8 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
 
 @contextmanager
 def _as_folder(source: str | Path) -> Iterator[Path]:
+    from memloc_lens.models.sources import checkpoint_folder
+
     folder = checkpoint_folder(source)
     if folder is not None:
         yield folder.expanduser()

@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.variants import Prompts
 from memloc_lens.generation import free_running
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import MEASURES, Until, limit_of
 

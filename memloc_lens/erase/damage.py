@@ -6,11 +6,11 @@ from statistics import fmean
 
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_number
 from memloc_lens.erase.relations import Groups, by_category, by_relation
 from memloc_lens.forward import PrefixCache
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.metrics import perplexity, suffix_accuracy, teacher_forced
 from memloc_lens.sequence import MemorizedSequence

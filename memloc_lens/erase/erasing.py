@@ -6,13 +6,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from memloc_lens.checks import check_model
 from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
 from memloc_lens.erase.choosing import Erasure, check_extracted, choose
 from memloc_lens.erase.damage import Budget, Spared, Utility
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers import IterativeGradient, Protect
 from memloc_lens.localizers.scoring import AnyLocalizer
 from memloc_lens.runs.fingerprint import fingerprint

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.variants import VARIANTS
 from memloc_lens.forward import at_least_float32, final_residual, target_logits
 from memloc_lens.generation import rows_for
 from memloc_lens.isolation import isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 from memloc_lens.smallest_set import Recitation, recitation_of
 

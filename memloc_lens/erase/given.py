@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_text, described
 from memloc_lens.data.row import errors_at
 from memloc_lens.data.text_formats import json_lines
 from memloc_lens.erase.extraction import recitations
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Recitation
 

@@ -11,11 +11,11 @@ from typing import Any, overload
 
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformer_lens import HookedTransformer
 
 from memloc_lens.components import Component
 from memloc_lens.erase.choosing import Step
 from memloc_lens.erase.damage import Utility
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.fingerprint import fingerprint

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.forward import final_residual, target_losses
 from memloc_lens.generation import rows_for
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.isolation import isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.runs.schema import Cells
 from memloc_lens.runs.statistics import mean_interval
 from memloc_lens.sequence import MemorizedSequence, check_sequences

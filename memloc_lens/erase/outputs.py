@@ -6,10 +6,9 @@ from pathlib import Path
 
 from jaxtyping import Bool
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from memloc_lens.checks import reason
 from memloc_lens.components import HEADS, WEIGHTS, Component, ComponentSet
-from memloc_lens.models.sources import reason
 
 LAYER = re.compile(r"(?:^|\.)(?:h|layers)\.(\d+)\.(.+)\.weight$")
 """The name of a weight in a layer, with any prefix: checkpoints of one architecture differ in it."""
@@ -105,6 +104,8 @@ def outputs_of(folder: Path) -> Outputs:
         >>> outputs_of(EMBEDDED)
         Outputs(mlp='mlp.c_proj', attention='attn.c_proj', by_row=True)
     """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a damaged file raises whatever its reader came upon

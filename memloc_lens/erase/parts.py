@@ -6,10 +6,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from memloc_lens.erase.relearning import Relearning, relearn
 from memloc_lens.erase.state import Texts, state_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.settings import identity
 from memloc_lens.sequence import MemorizedSequence

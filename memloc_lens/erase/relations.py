@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from memloc_lens.data.near_duplicates import near_duplicate_groups
 from memloc_lens.sequence import MemorizedSequence
 
 RELATIONS = ("near-duplicates", "related", "unrelated")
@@ -27,6 +26,8 @@ def by_relation(targets: Sequence[MemorizedSequence], others: Sequence[Memorized
         >>> {name: len(group) for name, group in by_relation([sequence], others).items()}
         {'related': 1, 'unrelated': 5}
     """
+    from memloc_lens.data.near_duplicates import near_duplicate_groups
+
     rows = near_duplicate_groups([each.tokens.tolist() for each in (*targets, *others)])
     of_targets = set(rows[: len(targets)].tolist())
     subjects = {subject for target in targets for subject in target.category}

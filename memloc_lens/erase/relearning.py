@@ -17,12 +17,12 @@ from typing import Literal, TypedDict
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
 from memloc_lens.forward import at_least_float32, final_residual, target_logits
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import limit_of, recitation_of
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.erase.extraction import extraction, recitations
 from memloc_lens.erase.given import by_given
 from memloc_lens.erase.membership import membership
 from memloc_lens.erase.relations import Groups, by_relation
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.metrics import row_losses
 from memloc_lens.runs.schema import Cells
 from memloc_lens.runs.statistics import mean_interval

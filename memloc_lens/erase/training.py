@@ -7,9 +7,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformer_lens import HookedTransformer
 
 from memloc_lens.isolation import gradients_possible, in_float32, isolated
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.products import fast_products
 from memloc_lens.turns import turn
 

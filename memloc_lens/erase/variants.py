@@ -7,9 +7,9 @@ Each variant is followed by the true suffix, or by what is left of it.
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.prompts import EVERY, PROMPTS, without_first
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import MemorizedSequence, decode
 
 Variant = Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence | None]

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate
 from memloc_lens.components import HEADS, WEIGHTS, ComponentSet
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import load_model
 from memloc_lens.models.verification import LIMITS
 

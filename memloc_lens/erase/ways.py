@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.components import HEADS, ComponentName, ComponentSet, component_of
 from memloc_lens.erase.baselines import Unlearning, gradient_ascent, npo
@@ -27,6 +26,7 @@ from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS
 from memloc_lens.erase.kept import localize
 from memloc_lens.erase.training import restored
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.runs.methods import configured, resolve
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import Until

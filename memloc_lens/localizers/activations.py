@@ -14,10 +14,10 @@ import torch
 from einops import einsum
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice
 from memloc_lens.components import HEADS, NEURONS, ComponentName, component_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence

@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_number
 from memloc_lens.components import HEADS, WEIGHTS, Component, ComponentName, component_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
 

@@ -22,11 +22,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import ComponentName, component_of, count_of
 from memloc_lens.forward import target_log_odds, target_loss
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import Context, check_context, check_disjoint
 from memloc_lens.localizers.gradients import IterativeGradient
 from memloc_lens.localizers.learned_masks import (

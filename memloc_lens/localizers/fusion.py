@@ -10,14 +10,13 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from scipy.stats import rankdata
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_first_layer, check_model, check_number, described
 from memloc_lens.components import Component, ComponentName, component_of, top_components
 from memloc_lens.equal_damage import lost_at
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.metrics import suffix_accuracy, teacher_forced
@@ -176,6 +175,8 @@ def rank_scores(
         model: that it scores.
         sequences: one, or a list.
     """
+    from scipy.stats import rankdata
+
     scores = localizer(model, sequences)
     units = len(component_of(_setting(localizer, "component", "neuron")).axes.split()) - 1
     flat = scores.flatten(-units).cpu().numpy()

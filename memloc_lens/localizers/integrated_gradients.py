@@ -33,14 +33,12 @@ import torch
 from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import ActivationCache, HookedTransformer
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.activation_functions import apply_softcap
 
 from memloc_lens.checks import check_model, check_number, in_one_line
 from memloc_lens.components import HEADS, NEURONS, Hook, post
 from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_losses
 from memloc_lens.hooks import hooked, hooked_at
+from memloc_lens.library_types import ActivationCache, HookedTransformer, HookPoint
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -226,6 +224,8 @@ def _clean_past_hooks(
     model: HookedTransformer, cache: ActivationCache, layer: int, row: Int[Tensor, " copy"]
 ) -> list[tuple[str, Hook]]:
     """Return hooks that let every position of a layer attend to the clean past and its own perturbed self (step 3)."""
+    from transformer_lens.utilities.activation_functions import apply_softcap
+
     attention = model.blocks[layer].attn
     key_name = _key_name(model)
     clean_key, clean_value = cache[f"blocks.{layer}.{key_name}"][row], cache[f"blocks.{layer}.attn.hook_v"][row]

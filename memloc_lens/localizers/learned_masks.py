@@ -23,11 +23,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import WEIGHTS, Component, ComponentName, component_of
 from memloc_lens.forward import target_loss
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence

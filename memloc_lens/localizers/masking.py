@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.components import HEADS, NEURONS, Component, post
 from memloc_lens.forward import norm_after_mlp, run_layers
 from memloc_lens.hooks import check_no_backward_hooks, hooked, hooked_after_neurons
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import Batch
 
 

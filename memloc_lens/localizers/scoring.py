@@ -7,11 +7,11 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_first_layer, check_model, in_one_line
 from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, equal_length_batches
 

@@ -14,10 +14,10 @@ import torch
 import tyro
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import ComponentName, component_of, top_components
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.context import Context, check_context, check_disjoint, mean_over_context
 from memloc_lens.localizers.gradients import Gradient, IterativeGradient
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of

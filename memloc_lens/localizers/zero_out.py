@@ -30,8 +30,6 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformer_lens import HookedTransformer
-from transformer_lens.components import LayerNorm
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, top_components
@@ -46,6 +44,7 @@ from memloc_lens.forward import (
 )
 from memloc_lens.hooks import END, hooked, hooked_after_neurons
 from memloc_lens.isolation import in_float32
+from memloc_lens.library_types import HookedTransformer, LayerNorm
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from memloc_lens.models.families import family_of
+from memloc_lens.checks import reason
+from memloc_lens.library_types import HookedTransformer, PreTrainedModel, PreTrainedTokenizerBase
+from memloc_lens.models.accepted import DTYPES, possible_names
 from memloc_lens.models.rotary import use_rotary_of
-from memloc_lens.models.sources import DTYPES, possible_names, read_original, reason
 from memloc_lens.models.speedups import prepare
 from memloc_lens.models.verification import check_same
 
@@ -63,6 +62,8 @@ def load_model(
         raise ValueError(f"revision is {revision!r}; it must be a branch, tag or commit of the model on the hub")
     device = check_device(device)
     _check_dtype(dtype)
+    from memloc_lens.models.sources import read_original
+
     original = read_original(name, revision, dtype)
     try:
         model = _hooked(original.model, original.tokenizer, dtype)
@@ -133,9 +134,13 @@ def _hooked(
     original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
 ) -> HookedTransformer:
     """Build the model on the CPU, with weights as they are, a faster forward pass and correct generation."""
+    import transformer_lens
+
+    from memloc_lens.models.families import family_of
+
     architecture = type(original).__name__
     family = family_of(original.config, architecture)
-    cfg = HookedTransformerConfig(
+    cfg = transformer_lens.HookedTransformerConfig(
         **family.fields(original.config),
         original_architecture=architecture,
         init_weights=False,
@@ -145,7 +150,7 @@ def _hooked(
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
-        model = HookedTransformer(cfg, move_to_device=False)
+        model = transformer_lens.HookedTransformer(cfg, move_to_device=False)
     model.load_and_process_state_dict(
         family.weights(original, cfg),
         fold_ln=False,

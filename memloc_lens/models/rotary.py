@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
+
+from memloc_lens.library_types import HookedTransformer
 
 
 def use_rotary_of(original: Any, model: HookedTransformer) -> None:

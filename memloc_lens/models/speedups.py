@@ -8,11 +8,10 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
-from transformer_lens import HookedTransformer
-from transformer_lens.components import LayerNorm
 
 from memloc_lens.checks import check_model
 from memloc_lens.hooks import has_hooks, own
+from memloc_lens.library_types import HookedTransformer, LayerNorm
 
 
 def prepare(model: HookedTransformer) -> None:

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import torch
-from transformer_lens import HookedTransformer
 
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.products import fast_products
 
 LEAST_TOKENS = 48

@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-import matplotlib
 import plotly.graph_objects as go
 
 from memloc_lens.checks import described
-from memloc_lens.plots.drawing import drawn
 
 WIDTHS = {1: 3.3, 2: 6.9}
 """Inches of one and of two columns of a paper."""
@@ -49,6 +47,10 @@ def save_figure(figure: go.Figure, path: str | Path, columns: Literal[1, 2] = 1)
         >>> Path("line.svg").read_text().startswith("<?xml")
         True
     """
+    import matplotlib
+
+    from memloc_lens.plots.drawing import drawn
+
     if not isinstance(figure, go.Figure):
         raise ValueError(f"the figure is {described(figure)}; give a figure of plotly")
     suffix = Path(path).suffix.lower()

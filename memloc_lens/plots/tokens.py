@@ -6,10 +6,10 @@ import torch
 from circuitsvis.tokens import colored_tokens
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.ablation import ablate
 from memloc_lens.components import Neurons
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, decode
 

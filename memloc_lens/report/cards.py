@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from rapidfuzz.distance import Levenshtein
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.finished_del import targets_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.runs.finished import FinishedRun
 from memloc_lens.runs.records import LISTS
 from memloc_lens.runs.schema import Record

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.benchmarks.context import HELD_OUT
 from memloc_lens.benchmarks.finished_del import located_sets, targets_of
 from memloc_lens.components import NEURONS, post
 from memloc_lens.data import load_texts
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.metrics import text_rows
 from memloc_lens.report.cards import label

@@ -7,9 +7,9 @@ from itertools import chain
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_model
+from memloc_lens.library_types import HookedTransformer
 
 CHUNK = 2**22  # bytes that are looked at at once, so that little memory is needed beside the model
 SHAPING = ("act_fn", "normalization_type", "eps", "attn_scale", "window_size", "attn_types", "rotary_base", "n_ctx")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.forward import final_residual, target_loss
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from memloc_lens.components import Component, ComponentName
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.localizers import FURTHER, LOCALIZERS, WRAPPERS
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.runs.schema import BEFORE, INJECTION

@@ -13,10 +13,10 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 import tyro
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName, component_of
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.memory import memory_budget, parse_memory
 from memloc_lens.models import EMBEDDED, check_device, load_model
 from memloc_lens.runs.fingerprint import fingerprint

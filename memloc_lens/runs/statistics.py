@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from memloc_lens.runs.schema import ByMethod, Interval, Record
 
@@ -23,6 +22,8 @@ def mean_interval(values: Sequence[float], seed: int = 0) -> Interval:
         >>> mean_interval([3.0, 3.0])
         {'mean': 3.0, 'low': 3.0, 'high': 3.0, 'n': 2}
     """
+    from scipy.stats import bootstrap
+
     data = np.asarray(values, dtype=float)
     mean = float(data.mean())
     if np.ptp(data) <= 1e-12 * np.abs(data).max():  # equal, up to rounding: no resample differs

@@ -16,9 +16,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from transformer_lens import HookedTransformer
-
 from memloc_lens.data import load_texts
+from memloc_lens.library_types import HookedTransformer
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
 from memloc_lens.models import EMBEDDED, load_model
 from memloc_lens.runs.command_line import parser, run_command

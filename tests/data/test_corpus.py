@@ -4,7 +4,6 @@ import pytest
 import torch
 from datasets import Dataset
 
-from memloc_lens.data import readers
 from memloc_lens.data.corpus import Document, read_corpus, windows_of
 
 
@@ -41,7 +40,7 @@ def test_a_data_set_on_the_hub_is_streamed(monkeypatch):
         assert (name, streaming) == ("owner/name", True)
         return Dataset.from_list([{"text": split}]).to_iterable_dataset()
 
-    monkeypatch.setattr(readers, "load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load)
     assert documents("owner/name", "owner/name:held.out") == [("train", ()), ("held.out", ())]
 
 

@@ -3,7 +3,7 @@ import json
 import pytest
 from datasets import Dataset
 
-from memloc_lens.data import load_definitions, readers
+from memloc_lens.data import load_definitions
 from memloc_lens.data.definitions import DEFINITIONS
 
 
@@ -32,7 +32,7 @@ def test_a_data_set_on_the_hub(embedded, monkeypatch):
         assert (name, split) == ("owner/texts", "test")
         return Dataset.from_list([{"text": "One thing."}, {"text": "Another thing."}])
 
-    monkeypatch.setattr(readers, "load_dataset", load)
+    monkeypatch.setattr("datasets.load_dataset", load)
     loaded = load_definitions(embedded, "owner/texts")
     assert [(sequence.id, sequence.text(embedded)) for sequence in loaded] == [
         ("texts-1", "One thing."),
@@ -42,7 +42,7 @@ def test_a_data_set_on_the_hub(embedded, monkeypatch):
     def fail(name: str, split: str, streaming: bool) -> Dataset:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(readers, "load_dataset", fail)
+    monkeypatch.setattr("datasets.load_dataset", fail)
     with pytest.raises(ValueError, match="'owner/texts' with its split 'test' could not be loaded: no network"):
         load_definitions(embedded, "owner/texts")
 

@@ -195,7 +195,7 @@ def test_a_file_of_texts_means_the_same_to_every_reader(embedded, tmp_path, name
 
 
 def test_a_data_set_on_the_hub_means_the_same_to_every_reader(embedded, monkeypatch):
-    monkeypatch.setattr(readers, "load_dataset", lambda name, split, streaming: Dataset.from_list(ROWS))
+    monkeypatch.setattr("datasets.load_dataset", lambda name, split, streaming: Dataset.from_list(ROWS))
     assert_same_texts(embedded, "owner/name:test")
 
 

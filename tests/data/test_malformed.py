@@ -141,7 +141,7 @@ def test_a_path_that_is_none(embedded, tmp_path):
 
 def test_memorized_evals(gpt2, monkeypatch):
     def refused(rows, message):
-        monkeypatch.setattr(readers, "load_dataset", lambda name, split, streaming: Dataset.from_list(rows))
+        monkeypatch.setattr("datasets.load_dataset", lambda name, split, streaming: Dataset.from_list(rows))
         name = "EleutherAI/pythia-memorized-evals:duped.70m"
         assert_one_line(lambda: load_sequences(gpt2, name), name, message)
 

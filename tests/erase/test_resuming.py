@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from scipy.stats import bootstrap
 from tiny import tiny_model, tiny_sequence
 
 from conftest import Killed, assert_same_state, state_of
@@ -15,7 +16,6 @@ from memloc_lens import ComponentSet, MemorizedSequence, ablate
 from memloc_lens.erase import parts
 from memloc_lens.erase.audit import audit
 from memloc_lens.erase.relearning import Relearning, relearn
-from memloc_lens.runs import statistics
 
 QUICK = Relearning(lr=1e-4, max_steps=1)
 ALL = ["state", "state", "t3", "t4", "c20", "c21"]
@@ -37,7 +37,7 @@ def learned(relearning, model, text, related):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Without what takes most of the time of a tiny audit."""
-    monkeypatch.setattr(statistics, "bootstrap", partial(statistics.bootstrap, n_resamples=9))
+    monkeypatch.setattr("scipy.stats.bootstrap", partial(bootstrap, n_resamples=9))
     monkeypatch.setattr(parts, "relearn", learned)
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from conftest import records_of
 from memloc_lens import load_model
 from memloc_lens.benchmarks import deletion, injection
-from memloc_lens.runs import statistics
 from memloc_lens.runs.schema import BEFORE
 from memloc_lens.runs.settings import RunSettings
 
@@ -268,7 +267,7 @@ def finished(small_del, small_inj, tmp_path_factory) -> Iterator[dict[str, RunSe
     model = load_model(small_del.model, device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunSettings, "load_model", lambda self: model)
-        patch.setattr(statistics, "bootstrap", between_smallest_and_largest)  # takes most of the time
+        patch.setattr("scipy.stats.bootstrap", between_smallest_and_largest)  # takes most of the time
         quick = dict(methods=("random", "weight-norm"), limit=2)
         settings = {
             "del": replace(small_del, out=tmp_path_factory.mktemp("spoilt") / "del", ratios=(0.5,), batch=1, **quick),
