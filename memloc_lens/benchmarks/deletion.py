@@ -14,7 +14,7 @@ A good localizer lowers self accuracy and nothing else.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -52,7 +52,7 @@ from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import KEY, foreign, lacks
 from memloc_lens.runs.schema import BEFORE, DeletionSummary, Published, Record
 from memloc_lens.runs.scores import kept_scores, origin, score_file
-from memloc_lens.runs.settings import batches_of, check_weights, elsewhere, identities, open_folder
+from memloc_lens.runs.settings import batches_of, check_weights, device_elsewhere, identities, open_folder
 from memloc_lens.runs.statistics import summarize
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, drawn, equal_length_batches
@@ -93,7 +93,7 @@ def run(settings: DeletionSettings, engine: Engine | None = None) -> DeletionSum
         settings = _with_context(settings, material)
         if settings.budget:
             settings.budget.check(material.targets)
-        engine = engine or settings.parallel.engine_for(material.model)
+        engine = engine or settings.parallel.engine_for(material.model.cfg.device)
         with _open_folder(settings, material) as folder:
             return _run_in(folder, settings, material, figures, engine)
 
@@ -123,9 +123,9 @@ def _run_in(
     """Make the records that the folder lacks, and summarize them."""
     jobs = _jobs(settings, material, folder.config["extents"])
     with settings.memory_budget(material.model), fast_products(material.model.cfg.device):
-        make_worker = MakeWorker(settings, folder.config, material=material)
         keys = tuple((target.id, BEFORE, 0.0) for target in material.targets)
-        before = run_jobs(make_worker, [Job(keys, BEFORE)], folder, engine)
+        # one job, which is done here, where the model is loaded already
+        before = run_jobs(lambda: partial(_before, material), [Job(keys, BEFORE)], folder)
         make_worker = MakeWorker(settings, folder.config, tuple(before), material)
         run_jobs(make_worker, jobs, folder, engine, description="DEL")
         summary = _summary(settings, material, folder, before)
@@ -253,7 +253,7 @@ class MakeWorker:
 
     settings: DeletionSettings
     config: Mapping[str, Any]
-    before: tuple[Record, ...] = ()
+    before: tuple[Record, ...]
     material: Material | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -264,7 +264,7 @@ class MakeWorker:
         if self.material:
             return self._worker(self.material)
         with same_threads(self.config):
-            material = load_material(elsewhere(self.settings, self.config))
+            material = load_material(replace(self.settings, device=device_elsewhere(self.config)))
         model, worker = material.model, self._worker(material)
         check_weights(model, self.config)
         budget = self.settings.memory_budget(model)
@@ -272,8 +272,7 @@ class MakeWorker:
 
     def _worker(self, material: Material) -> Worker:
         before = {record["sequence"]: record for record in self.before}
-        measured = partial(_measured, self.settings, self.config, material, before)
-        return measured if before else partial(_before, material)
+        return partial(_measured, self.settings, self.config, material, before)
 
 
 def _before(material: Material, job: Job) -> Iterator[Record]:

@@ -46,7 +46,7 @@ from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import foreign, lacks
 from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSummary, Record, TuningSummary
 from memloc_lens.runs.scores import kept_scores, origin, score_file
-from memloc_lens.runs.settings import check_weights, elsewhere, open_folder
+from memloc_lens.runs.settings import check_weights, device_elsewhere, open_folder
 from memloc_lens.runs.statistics import mean_interval, summarize
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence
@@ -105,7 +105,7 @@ def run(settings: InjectionSettings, engine: Engine | None = None) -> InjectionS
         settings = settings.with_ratios()
         check_ratios(settings, model)
         settings = _with_context(settings, material)
-        engine = engine or settings.parallel.engine_for(model)
+        engine = engine or settings.parallel.engine_for(model.cfg.device)
         with settings.memory_budget(model), fast_products(model.cfg.device):
             if settings.tune:
                 tuning = replace(settings, out=settings.out / "tuning")
@@ -189,7 +189,7 @@ class MakeWorker:
         """Return a function from jobs to records."""
         if self.material:
             return partial(_records, self.settings, self.config, self.material)
-        material = load_material(elsewhere(self.settings, self.config))
+        material = load_material(replace(self.settings, device=device_elsewhere(self.config)))
         model, worker = material.model, partial(_records, self.settings, self.config, material)
         check_weights(model, self.config)
         budget = self.settings.memory_budget(model)

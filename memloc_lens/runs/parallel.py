@@ -5,7 +5,6 @@ from importlib.util import find_spec
 from typing import Literal, get_args
 
 import torch
-from transformer_lens import HookedTransformer
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.runs.jobs import Engine, serial
@@ -40,17 +39,17 @@ class Parallel:
         if self.engine == "ray" and find_spec("ray") is None:
             raise ValueError("engine is 'ray', and it is not installed: pip install \"memloc_lens[ray]\"")
 
-    def engine_for(self, model: HookedTransformer) -> Engine:
-        """Return the engine for a run of a model, which is loaded on the device that workers use.
+    def engine_for(self, device: str | torch.device | None) -> Engine:
+        """Return the engine for a run whose model is on a device.
 
         Example:
-            >>> Parallel().engine_for(model) is serial
+            >>> Parallel().engine_for(model.cfg.device) is serial
             True
         """
         if self.engine == "serial":
             return serial
         from memloc_lens.runs.ray_engine import RayEngine
 
-        default = 1 if torch.device(model.cfg.device or "cpu").type == "cuda" else 0
+        default = 1 if torch.device(device or "cpu").type == "cuda" else 0
         gpus = default if self.gpus_per_worker is None else self.gpus_per_worker
         return RayEngine(self.workers, gpus, self.address)

@@ -7,8 +7,13 @@
 4. An error that a job itself raises ends the run, as in one process.
 """
 
+import logging
 import os
+import pickle
+import re
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
@@ -51,20 +56,23 @@ class RayEngine:
             ValueError: if the cluster cannot be reached or has no room, or for the jobs that failed.
         """
         threads = torch.get_num_threads()
-        needs = {"num_gpus": self.gpus, "num_cpus": 1 if self.gpus else threads}
-        _connect(self.address, (self.workers or 1) * needs["num_cpus"])
-        actor = ray.remote(**needs)(RayWorker)
-        with closing(Crew(partial(actor.remote, make_worker, threads, os.getcwd()), self._size(needs))) as crew:
+        cores = 1 if self.gpus else threads
+        _connect(self.address, (self.workers or 1) * cores)
+        actor: Any = ray.remote(RayWorker)
+        actor = actor.options(num_gpus=self.gpus, num_cpus=cores)
+        start = partial(actor.remote, pickle.dumps(make_worker), threads, os.getcwd(), sys.path)
+        with closing(Crew(start, self._size(cores))) as crew:
             yield from crew.run(jobs)
 
-    def _size(self, needs: dict[str, float]) -> int:
+    def _size(self, cores: int) -> int:
         """Return how many workers there are to be; a cluster that is there may grow."""
+        needs = {"CPU": cores, **({"GPU": self.gpus} if self.gpus else {})}
         room = sum(_room(node["Resources"], needs) for node in ray.nodes() if node["Alive"])
         if room < (self.workers or 1) and (self.address is None or not self.workers):
-            each = f"{needs['num_gpus']:g} GPUs and {needs['num_cpus']:g} cores each"
             raise ValueError(
-                f"workers is {self.workers or 1}, and there is room for {room} that take {each}; lower --workers or "
-                "--gpus-per-worker, or give the --address of a larger cluster"
+                f"workers is {self.workers or 1}, and there is room for {room} that take {cores} cores and "
+                f"{self.gpus:g} GPUs each; lower --workers or --gpus-per-worker, or give the --address of a larger "
+                "cluster"
             )
         return self.workers or room
 
@@ -75,11 +83,11 @@ def _connect(address: str | None, cores: float) -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = dict(log_to_driver=False, logging_level="ERROR")
-    own = dict(include_dashboard=False, num_cpus=max(int(cores), os.cpu_count() or 1))
+    own: dict[str, Any] = dict(include_dashboard=False, num_cpus=max(int(cores), os.cpu_count() or 1))
     earlier = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address=address or "local", **quiet, **({} if address else own))
+        options = {} if address else own
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(f"address is {address!r}, and ray cannot be reached there: {in_one_line(error)}") from error
     finally:
@@ -89,24 +97,25 @@ def _connect(address: str | None, cores: float) -> None:
 
 def _room(resources: dict[str, float], needs: dict[str, float]) -> int:
     """Return how many workers a node has room for."""
-    kinds = {"CPU": needs["num_cpus"], "GPU": needs["num_gpus"]}
-    return min(int(resources.get(kind, 0) / amount + 1e-9) for kind, amount in kinds.items() if amount)
+    return min(int(resources.get(kind, 0) / amount + 1e-9) for kind, amount in needs.items())
 
 
 class RayWorker:
     """A process of the cluster, which makes its worker for its first job.
 
     Args:
-        make_worker: makes the worker.
+        make_worker: makes the worker, pickled.
         threads: to compute on, as in the process that began the run, since they decide how sums are rounded.
         folder: that relative paths start from, if this node has it.
+        path: where modules are looked for, before the places of this node.
     """
 
-    def __init__(self, make_worker: MakeWorker, threads: int, folder: str) -> None:
+    def __init__(self, make_worker: bytes, threads: int, folder: str, path: list[str]) -> None:
         torch.set_num_threads(threads)
         with suppress(OSError):
             os.chdir(folder)
-        self._make_worker = make_worker
+        sys.path[:0] = path
+        self._pickled = make_worker
         self._worker: Worker | None = None
 
     def runs(self) -> None:
@@ -114,11 +123,19 @@ class RayWorker:
 
     def work(self, job: Job) -> Iterator[tuple[list[ScoreFile], Record]]:
         """Do a job; yield each record with the scores that were computed for it."""
-        self._worker = self._worker or self._make_worker()
+        self._worker = self._worker or self._made()
         with score_files_kept_back() as files:
             for record in self._worker(job):
                 yield [*files], record
                 files.clear()
+
+    def _made(self) -> Worker:
+        try:
+            make_worker: MakeWorker = pickle.loads(self._pickled)
+        except (ImportError, AttributeError) as error:
+            here = f"{socket.gethostname()} lacks what the run needs: {in_one_line(error)}"
+            raise ValueError(f"{here}; install the same packages and versions on every node") from error
+        return make_worker()
 
 
 @dataclass(frozen=True)
@@ -209,14 +226,15 @@ class Crew:
             (self._waiting if len(attempt.deaths) < TRIES else self._failed).append(attempt)
         else:
             for file in files:
-                kept_scores(file.path, lambda file=file: file.tensors, file.of)
+                kept_scores(file.path, partial(getattr, file, "tensors"), file.of)
             yield record
 
 
 def _why_dead(error: RayError) -> str:
     """Return why a worker is dead, of all that ray says."""
-    *_, why = " ".join(str(error).split()).split("The actor is dead because ")
-    return why[:400]
+    said = re.sub(r"\x1b\[\d+m", "", " ".join(str(error).split()))  # without colours
+    _, known, why = said.rpartition("The actor is dead because ")
+    return why[:400] if known else said[-400:]
 
 
 def _named(failed: list[Attempt]) -> str:

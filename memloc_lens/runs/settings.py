@@ -6,11 +6,11 @@ import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 import tyro
@@ -35,9 +35,6 @@ NOT_IDENTITY = (
     *("until", "until_limit", "until_samples", "prompts", "quiet", "tracker", "parallel"),
 )
 """Settings that may differ between two runs in one folder; what they decide of records is recorded in other ways."""
-
-
-AnySettings = TypeVar("AnySettings", bound="RunSettings")
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class RunSettings:
     context_sequences: int | None = None
     quiet: bool = False
     tracker: str | None = None
-    parallel: Annotated[Parallel, tyro.conf.arg(name="")] = Parallel()
+    parallel: Annotated[Parallel, tyro.conf.arg(name="")] = field(default_factory=Parallel)
     methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
@@ -173,12 +170,16 @@ def open_folder(
     return folder
 
 
-def elsewhere(settings: AnySettings, config: Mapping[str, Any]) -> AnySettings:
-    """Return the settings for a worker in another process: a device of the kind that the run began on.
+def device_elsewhere(config: Mapping[str, Any]) -> str:
+    """Return the device of a worker in another process, given the configuration of the run: of the same kind.
 
     Which GPUs a worker sees is not up to it, so that `cuda:1` may be another one there, or none.
+
+    Example:
+        >>> device_elsewhere({"device": "cuda:1"})
+        'cuda'
     """
-    return replace(settings, device=torch.device(config["device"]).type)
+    return torch.device(config["device"]).type
 
 
 def check_weights(model: HookedTransformer, config: Mapping[str, Any]) -> None:
