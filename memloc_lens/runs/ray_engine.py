@@ -34,6 +34,13 @@ from memloc_lens.runs.scores import ScoreFile, kept_scores, score_files_kept_bac
 TRIES = 3
 """How often a job is tried whose workers die."""
 
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+}
+"""Switches of ray: nothing is sent home, and only what a run says is said."""
+
 
 @dataclass(frozen=True)
 class RayEngine:
@@ -81,8 +88,8 @@ def _connect(address: str | None, cores: float) -> None:
     """Connect to a cluster, or start one on this machine with at least so many cores; it ends with this process."""
     if ray.is_initialized():
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for switch, value in QUIET.items():
+        os.environ.setdefault(switch, value)
     own: dict[str, Any] = dict(include_dashboard=False, num_cpus=max(int(cores), os.cpu_count() or 1))
     earlier = signal.getsignal(signal.SIGTERM)
     try:

@@ -1,7 +1,6 @@
 """The settings that say who does the jobs of a run."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +28,6 @@ def test_options(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (dict(engine="dask"), "engine is 'dask'; choose from serial, ray"),
         (dict(engine="ray", workers=0), "workers is 0"),
         (dict(engine="ray", gpus_per_worker=-1), "gpus_per_worker is -1"),
         (dict(workers=2), "engine is 'serial', which has one worker, this process; use --engine ray for others"),
@@ -59,5 +57,5 @@ def test_tune_runs_in_one_process(small_inj):
 )
 def test_gpus_of_a_worker(device, asked, gpus):
     pytest.importorskip("ray")
-    model = SimpleNamespace(cfg=SimpleNamespace(device=device))
-    assert Parallel("ray", gpus_per_worker=asked).engine_for(model).gpus == gpus
+
+    assert Parallel("ray", gpus_per_worker=asked).engine_for(device).gpus == gpus

