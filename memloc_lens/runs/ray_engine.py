@@ -96,7 +96,8 @@ def _connect(address: str | None, cores: float) -> None:
         options = {} if address else own
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"address is {address!r}, and ray cannot be reached there: {in_one_line(error)}") from error
+        what = f"reached at {address}" if address else "started on this machine"
+        raise ValueError(f"ray cannot be {what}: {in_one_line(error)}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, earlier)  # ray sets its own
