@@ -14,7 +14,7 @@ A good localizer lowers self accuracy and nothing else.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -44,15 +44,15 @@ from memloc_lens.library_types import HookedTransformer
 from memloc_lens.metrics import text_rows
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
-from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
-from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
+from memloc_lens.runs.folder import RunFolder, resuming, same_threads
+from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs
 from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import checked_scores, name_of, reads_context
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import KEY, foreign, lacks
 from memloc_lens.runs.schema import BEFORE, DeletionSummary, Published, Record
 from memloc_lens.runs.scores import kept_scores, origin, score_file
-from memloc_lens.runs.settings import batches_of, identities, open_folder
+from memloc_lens.runs.settings import batches_of, check_weights, device_elsewhere, identities, open_folder
 from memloc_lens.runs.statistics import summarize
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, drawn, equal_length_batches
@@ -65,13 +65,13 @@ def main() -> None:
 
 
 @may_be_quiet
-def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
+def run(settings: DeletionSettings, engine: Engine | None = None) -> DeletionSummary:
     """Run the benchmark, or what is left of it, and return its summary.
 
     Args:
         settings: of the run. Those that decide the values of records must equal those of an earlier run in the same
             folder, to which methods and ratios can be added.
-        engine: runs the jobs.
+        engine: runs the jobs. Default: that of the settings.
 
     Returns:
         The content of `summary.json`: the state `before` any ablation, for each method, ratio and metric the mean
@@ -93,6 +93,7 @@ def run(settings: DeletionSettings, engine: Engine = serial) -> DeletionSummary:
         settings = _with_context(settings, material)
         if settings.budget:
             settings.budget.check(material.targets)
+        engine = engine or settings.parallel.engine_for(material.model.cfg.device)
         with _open_folder(settings, material) as folder:
             return _run_in(folder, settings, material, figures, engine)
 
@@ -122,10 +123,10 @@ def _run_in(
     """Make the records that the folder lacks, and summarize them."""
     jobs = _jobs(settings, material, folder.config["extents"])
     with settings.memory_budget(material.model), fast_products(material.model.cfg.device):
-        make_worker = MakeWorker(settings, material=material)
         keys = tuple((target.id, BEFORE, 0.0) for target in material.targets)
-        before = run_jobs(make_worker, [Job(keys, BEFORE)], folder, engine)
-        make_worker = MakeWorker(settings, tuple(before), material)
+        # one job, which is done here, where the model is loaded already
+        before = run_jobs(lambda: partial(_before, material), [Job(keys, BEFORE)], folder)
+        make_worker = MakeWorker(settings, folder.config, tuple(before), material)
         run_jobs(make_worker, jobs, folder, engine, description="DEL")
         summary = _summary(settings, material, folder, before)
         summary["published"] = figures
@@ -245,30 +246,33 @@ class MakeWorker:
 
     Args:
         settings: of the run.
+        config: of its folder.
         before: records of the state before any ablation.
         material: loaded from the settings; it stays in this process.
     """
 
     settings: DeletionSettings
-    before: tuple[Record, ...] = ()
+    config: Mapping[str, Any]
+    before: tuple[Record, ...]
     material: Material | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MakeWorker, (self.settings, self.before)
+        return MakeWorker, (self.settings, self.config, self.before)
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
         if self.material:
             return self._worker(self.material)
-        with same_threads(config := read_config(self.settings.out) or {}):
-            material = load_material(self.settings)
+        with same_threads(self.config):
+            material = load_material(replace(self.settings, device=device_elsewhere(self.config)))
         model, worker = material.model, self._worker(material)
+        check_weights(model, self.config)
         budget = self.settings.memory_budget(model)
-        return kept_open(worker, same_threads(config), budget, fast_products(model.cfg.device))
+        return kept_open(worker, same_threads(self.config), budget, fast_products(model.cfg.device))
 
     def _worker(self, material: Material) -> Worker:
         before = {record["sequence"]: record for record in self.before}
-        return partial(_measured, self.settings, material, before) if before else partial(_before, material)
+        return partial(_measured, self.settings, self.config, material, before)
 
 
 def _before(material: Material, job: Job) -> Iterator[Record]:
@@ -331,7 +335,9 @@ class Case:
     """What the record has beside."""
 
 
-def _measured(settings: DeletionSettings, material: Material, before: dict[str, Record], job: Job) -> Iterator[Record]:
+def _measured(
+    settings: DeletionSettings, config: Mapping[str, Any], material: Material, before: dict[str, Record], job: Job
+) -> Iterator[Record]:
     """Localize a batch of targets with a method, and measure each target at each ratio that is missing."""
     batched: Batched = job.content
     targets = material.memorized[batched.start : batched.stop]
@@ -342,7 +348,7 @@ def _measured(settings: DeletionSettings, material: Material, before: dict[str, 
         scores = checked_scores(localizer, material.model, targets, component_of(settings.component))
         return {"scores": scores, "seconds_each": torch.tensor((time.perf_counter() - started) / len(targets))}
 
-    of = origin(read_config(settings.out) or {}, batched.method, batched.start, batched.stop)
+    of = origin(config, batched.method, batched.start, batched.stop)
     kept = kept_scores(score_file(settings.out, batched.method, batched.start), compute, of)
     seconds = round(kept["seconds_each"].item(), 3)
     cases = [

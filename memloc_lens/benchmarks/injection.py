@@ -39,14 +39,14 @@ from memloc_lens.metrics import auroc, average_precision, recall, recall_ceiling
 from memloc_lens.models import EMBEDDED
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
-from memloc_lens.runs.folder import RunFolder, read_config, resuming, same_threads
-from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs, serial
+from memloc_lens.runs.folder import RunFolder, resuming, same_threads
+from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs
 from memloc_lens.runs.methods import AnyLocalizer, checked_scores, name_of
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import foreign, lacks
 from memloc_lens.runs.schema import INJECTION, InjectionsSummary, InjectionSummary, Record, TuningSummary
 from memloc_lens.runs.scores import kept_scores, origin, score_file
-from memloc_lens.runs.settings import open_folder
+from memloc_lens.runs.settings import check_weights, device_elsewhere, open_folder
 from memloc_lens.runs.statistics import mean_interval, summarize
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence
@@ -82,13 +82,13 @@ def main() -> None:
 
 
 @may_be_quiet
-def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummary | TuningSummary:
+def run(settings: InjectionSettings, engine: Engine | None = None) -> InjectionSummary | TuningSummary:
     """Run the benchmark, or what is left of it, and return its summary.
 
     Args:
         settings: of the run. Those that decide the values of records must equal those of an earlier run in the same
             folder, to which methods and ratios can be added.
-        engine: runs the jobs.
+        engine: runs the jobs. Default: that of the settings.
 
     Returns:
         The content of `summary.json`: for each method, ratio and metric the mean over texts with its 95% confidence
@@ -105,6 +105,7 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
         settings = settings.with_ratios()
         check_ratios(settings, model)
         settings = _with_context(settings, material)
+        engine = engine or settings.parallel.engine_for(model.cfg.device)
         with settings.memory_budget(model), fast_products(model.cfg.device):
             if settings.tune:
                 tuning = replace(settings, out=settings.out / "tuning")
@@ -113,7 +114,7 @@ def run(settings: InjectionSettings, engine: Engine = serial) -> InjectionSummar
             records = len(cells) * len(settings.localizers())
             with open_folder(settings, model, texts, [], records, partial(_problem, settings, model)) as folder:
                 jobs = [_job(settings, texts, cell, folder) for cell in cells]
-                run_jobs(MakeWorker(settings, material), jobs, folder, engine, description="INJ")
+                run_jobs(MakeWorker(settings, folder.config, material), jobs, folder, engine, description="INJ")
                 summary = _summary(settings, texts, folder)
                 summary["published"] = figures
                 folder.write_summary(summary)
@@ -173,30 +174,32 @@ class MakeWorker:
 
     Args:
         settings: of the run.
+        config: of its folder.
         material: loaded from the settings; it stays in this process.
     """
 
     settings: InjectionSettings
+    config: Mapping[str, Any]
     material: Material | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MakeWorker, (self.settings,)
+        return MakeWorker, (self.settings, self.config)
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
         if self.material:
-            return partial(_records, self.settings, self.material)
-        material = load_material(self.settings)
-        model, worker = material.model, partial(_records, self.settings, material)
-        threads = same_threads(read_config(self.settings.out) or {})
-        return kept_open(worker, threads, self.settings.memory_budget(model), fast_products(model.cfg.device))
+            return partial(_records, self.settings, self.config, self.material)
+        material = load_material(replace(self.settings, device=device_elsewhere(self.config)))
+        model, worker = material.model, partial(_records, self.settings, self.config, material)
+        check_weights(model, self.config)
+        budget = self.settings.memory_budget(model)
+        return kept_open(worker, same_threads(self.config), budget, fast_products(model.cfg.device))
 
 
-def _records(settings: InjectionSettings, material: Material, job: Job) -> Iterator[Record]:
+def _records(settings: InjectionSettings, config: Mapping[str, Any], material: Material, job: Job) -> Iterator[Record]:
     """Inject a text; record the injection, then every method that is missing."""
     cell: Cell = job.content
     model, text = material.model, material.texts[cell.index]
-    config = read_config(settings.out) or {}
     started = time.perf_counter()
     with _inject(settings, material, cell.index, cell.ratio) as injected:
         seconds = time.perf_counter() - started

@@ -79,6 +79,8 @@ class InjectionSettings(RunSettings):
             raise ValueError("component is 'head'; INJ writes texts into weights of W_out: use 'neuron' or 'weight'")
         if self.keep_norms and self.component != "neuron":
             raise ValueError("keep_norms keeps the lengths of rows of W_out; it needs component 'neuron'")
+        if self.tune and self.parallel.engine != "serial":
+            raise ValueError(f"engine is {self.parallel.engine!r}, and tune runs in one process; leave out one of them")
         if self.tune and not any(name_of(localizer) in GRIDS for localizer in self.localizers()):
             raise ValueError(f"tune chooses settings of {' and '.join(GRIDS)}, and none of them is among the methods")
         for ratio in self.ratios:

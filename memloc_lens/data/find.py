@@ -32,7 +32,7 @@ from memloc_lens.data.readers import is_local
 from memloc_lens.data.search import Search, begin, digest_of, generate, scan
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.folder import resuming
-from memloc_lens.runs.jobs import Engine, serial
+from memloc_lens.runs.jobs import Engine
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.visible import plain, visible
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos, decode
@@ -44,12 +44,12 @@ def main() -> None:
 
 
 @may_be_quiet
-def run(settings: FindSettings, engine: Engine = serial) -> Report:
+def run(settings: FindSettings, engine: Engine | None = None) -> Report:
     """Search the corpus, or what is left of it, and write `sequences.jsonl` and `report.json`.
 
     Args:
         settings: of the run. They must equal those of an earlier run in the same folder; the limit may be another.
-        engine: runs the jobs.
+        engine: runs the jobs. Default: that of the settings.
 
     Returns:
         The content of `report.json`.

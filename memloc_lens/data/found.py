@@ -1,15 +1,17 @@
 """What `find` is told to search for, and what it finds."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import torch
+import tyro
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.library_types import HookedTransformer
 from memloc_lens.models import EMBEDDED, check_device, load_model
+from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import Precision
 
@@ -48,6 +50,7 @@ class FindSettings:
         bos: Put a beginning-of-sequence token before every window; `prompt` does not count it. Default: what the
             model's tokenizer is configured to do.
         quiet: Show no progress bars, neither of the run nor of the libraries.
+        parallel: Who does the work.
     """
 
     corpus: tuple[str, ...]
@@ -69,6 +72,7 @@ class FindSettings:
     dtype: Precision = "float32"
     bos: bool | None = None
     quiet: bool = False
+    parallel: Annotated[Parallel, tyro.conf.arg(name="")] = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         if not self.corpus:

@@ -21,11 +21,12 @@ from memloc_lens.library_types import HookedTransformer
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
 from memloc_lens.products import fast_products
 from memloc_lens.runs.fingerprint import fingerprint
-from memloc_lens.runs.folder import RunFolder
-from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs
+from memloc_lens.runs.folder import RunFolder, same_threads
+from memloc_lens.runs.jobs import Engine, Job, Worker, kept_open, run_jobs
 from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.records import lacks
 from memloc_lens.runs.schema import Record
+from memloc_lens.runs.settings import check_weights, device_elsewhere
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos, decode
 
 Step = Literal["scan", "greedy", "shuffled", "foreign"]
@@ -43,7 +44,7 @@ MEASURED = {
 }
 """What a record of another step has of each window."""
 
-NOT_IDENTITY = ("out", "names", "limit", "quiet")
+NOT_IDENTITY = ("out", "names", "limit", "quiet", "parallel")
 """Settings that may differ between two runs in one folder; the windows that they lead to are compared."""
 
 
@@ -58,16 +59,16 @@ class Search:
 
     def records(self, jobs: Iterable[Job], description: str) -> list[Record]:
         """Return the record of every job, made if it is missing."""
-        make_worker = MakeWorker(self.settings, self.model)
+        make_worker = MakeWorker(self.settings, self.folder.config, self.model)
         return run_jobs(make_worker, jobs, self.folder, self.engine, description, unit="batch")
 
 
-def begin(settings: FindSettings, engine: Engine, documents: str) -> Search:
+def begin(settings: FindSettings, engine: Engine | None, documents: str) -> Search:
     """Load the model and open the folder of the run.
 
     Args:
         settings: of the run.
-        engine: runs the jobs.
+        engine: runs the jobs. Default: that of the settings.
         documents: a hash of all local documents, which identifies the corpus of a search without a limit.
 
     Raises:
@@ -90,7 +91,7 @@ def begin(settings: FindSettings, engine: Engine, documents: str) -> Search:
         "windows": {str(settings.limit): _first_windows(settings, model) if settings.limit else documents},
     }
     folder = RunFolder(settings.out, config, ("step", "tokens_sha256"), ("model",), _problem)
-    return Search(settings, model, folder, engine)
+    return Search(settings, model, folder, engine or settings.parallel.engine_for(model.cfg.device))
 
 
 def _first_windows(settings: FindSettings, model: HookedTransformer) -> str:
@@ -235,18 +236,24 @@ class MakeWorker:
 
     Args:
         settings: of the run.
+        config: of its folder.
         model: loaded from the settings; it stays in this process.
     """
 
     settings: FindSettings
+    config: Mapping[str, Any]
     model: HookedTransformer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return MakeWorker, (self.settings,)
+        return MakeWorker, (self.settings, self.config)
 
     def __call__(self) -> Worker:
         """Return a function from jobs to records."""
-        return partial(_records, self.settings, self.model or self.settings.load_model())
+        if self.model:
+            return partial(_records, self.settings, self.model)
+        model = replace(self.settings, device=device_elsewhere(self.config)).load_model()
+        check_weights(model, self.config)
+        return kept_open(partial(_records, self.settings, model), same_threads(self.config))
 
 
 def _records(settings: FindSettings, model: HookedTransformer, job: Job) -> list[Record]:

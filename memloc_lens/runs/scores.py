@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,37 @@ from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.folder import HISTORY, LISTS, PLACES, TABLES
 
 Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ScoreFile:
+    """Scores on their way to a file: where it is, its tensors, and what they are computed from."""
+
+    path: Path
+    tensors: Tensors
+    of: str
+
+
+_kept_back: list[list[ScoreFile]] = []
+"""What the open contexts of `score_files_kept_back` have collected, outermost first."""
+
+
+@contextmanager
+def score_files_kept_back() -> Iterator[list[ScoreFile]]:
+    """Collect score files in a list while the context is open, instead of writing them: a worker elsewhere hands them
+    to the process that has the run folder.
+
+    Example:
+        >>> with score_files_kept_back() as files:
+        ...     kept = kept_scores(Path("scores/a.safetensors"), lambda: {"scores": torch.ones(2)})
+        >>> files[0].path.exists()
+        False
+    """
+    _kept_back.append([])
+    try:
+        yield _kept_back[-1]
+    finally:
+        _kept_back.pop()
 
 
 def score_file(folder: Path, method: str, *parts: float | int) -> Path:
@@ -49,6 +82,9 @@ def kept_scores(file: Path, compute: Callable[[], Tensors], of: str = "") -> Ten
         return read_scores(file, of)
     except (OSError, ValueError):
         tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
+    if _kept_back:
+        _kept_back[-1].append(ScoreFile(file, tensors, of))
+        return tensors
     belongs = {"file": file.name, "of": of, "sha256": _sha256(tensors)}
     with disk_errors(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,11 @@
 
 import hashlib
 import shutil
+import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -22,6 +23,7 @@ from memloc_lens.models import EMBEDDED, check_device, load_model
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.folder import PLACES, RunFolder
 from memloc_lens.runs.methods import AnyLocalizer, Method, configured, default_methods, name_of, resolve, settings_of
+from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.records import Problem
 from memloc_lens.runs.trackers import check_tracker
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos
@@ -30,7 +32,7 @@ Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 NOT_IDENTITY = (
     *("out", "config", "memory", "methods", "limit", "context", "context_sequences"),
-    *("until", "until_limit", "until_samples", "prompts", "quiet", "tracker"),
+    *("until", "until_limit", "until_samples", "prompts", "quiet", "tracker", "parallel"),
 )
 """Settings that may differ between two runs in one folder; what they decide of records is recorded in other ways."""
 
@@ -61,6 +63,7 @@ class RunSettings:
             or as many as there are; 0 with other data.
         quiet: Show no progress bars, neither of the run nor of the libraries.
         tracker: Also log every record as it is written: wandb or tensorboard.
+        parallel: Who does the work.
         methods: Localizers to compare, by name or with their settings. Default: all that can score the component.
     """
 
@@ -83,6 +86,7 @@ class RunSettings:
     context_sequences: int | None = None
     quiet: bool = False
     tracker: str | None = None
+    parallel: Annotated[Parallel, tyro.conf.arg(name="")] = field(default_factory=Parallel)
     methods: Annotated[tuple[Method, ...], tyro.conf.Suppress] = ()
 
     def __post_init__(self) -> None:
@@ -164,6 +168,31 @@ def open_folder(
         folder.close()
         raise
     return folder
+
+
+def device_elsewhere(config: Mapping[str, Any]) -> str:
+    """Return the device of a worker in another process, given the configuration of the run: of the same kind.
+
+    Which GPUs a worker sees is not up to it, so that `cuda:1` may be another one there, or none.
+
+    Example:
+        >>> device_elsewhere({"device": "cuda:1"})
+        'cuda'
+    """
+    return torch.device(config["device"]).type
+
+
+def check_weights(model: HookedTransformer, config: Mapping[str, Any]) -> None:
+    """Refuse a model that a worker has loaded and that is not the one of the run.
+
+    Raises:
+        ValueError: naming the host.
+    """
+    if fingerprint(model) != config["weights"]:
+        raise ValueError(
+            f"{model.cfg.model_name} has other weights on {socket.gethostname()} than where the run began; put the "
+            "same files at the same path on every node"
+        )
 
 
 def _check_space(settings: RunSettings, model: HookedTransformer, records: int) -> None:

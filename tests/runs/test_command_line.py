@@ -20,6 +20,7 @@ from memloc_lens.localizers import FURTHER
 from memloc_lens.runs import settings as settings_module
 from memloc_lens.runs.command_line import parse, published, run_command
 from memloc_lens.runs.methods import name_of
+from memloc_lens.runs.parallel import Parallel
 
 PAPER = Path(__file__).parents[2] / "benchmarks" / "paper"
 CONFIG = """
@@ -405,8 +406,8 @@ def test_help_explains_every_setting(capsys, kind, explained):
     assert explained in shown
     assert "Training ends when the mean absolute mask falls under this value" in shown
     assert f"Methods to compare: {', '.join(LOCALIZERS | FURTHER)}; with protect- or contrast-" in shown
-    for entry in fields(kind):
-        assert "--" + entry.name.replace("_", "-") in shown
+    for entry in (*fields(kind), *fields(Parallel)):
+        assert "--" + entry.name.replace("_", "-") in shown or entry.name == "parallel"
     for name, localizer in LOCALIZERS.items():
         for entry in fields(localizer):
             if entry.name == "context":  # filled by the run

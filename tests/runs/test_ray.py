@@ -1,0 +1,178 @@
+"""Runs on workers of ray: what they find, and what becomes of a run whose workers die."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from conftest import records_of
+from memloc_lens import Random
+from memloc_lens.benchmarks import deletion, injection
+from memloc_lens.data import find
+from memloc_lens.data.found import FindSettings
+from memloc_lens.runs.folder import RunFolder
+from memloc_lens.runs.jobs import Job, run_jobs
+from memloc_lens.runs.parallel import Parallel
+from memloc_lens.runs.scores import read_scores
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray", "ignore:.*:ResourceWarning")
+
+TWO = Parallel("ray", workers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """A cluster with room for two workers: the suite computes on one thread."""
+    ray.init(
+        address="local", num_cpus=2, object_store_memory=2**27, include_dashboard=False, log_to_driver=False,
+        logging_level="ERROR",
+    )  # fmt: skip
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    own = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(own)
+
+
+@dataclass(frozen=True)
+class Mortal(Random):
+    """A method that kills its process the first time it is asked."""
+
+    name: ClassVar[str] = "mortal"
+    flag: str = ""
+
+    def __call__(self, model, sequence):
+        if not Path(self.flag).exists():
+            Path(self.flag).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(model, sequence)
+
+
+def scores_of(run: Path) -> dict[str, list]:
+    return {file.name: read_scores(file)["scores"].tolist() for file in sorted((run / "scores").iterdir())}
+
+
+def test_a_run_whose_worker_is_killed_equals_one_in_this_process(small_del, tmp_path):
+    methods = ("gradient", Mortal(flag=str(tmp_path / "killed")), "activations", "weight-norm")
+    settings = replace(small_del, out=tmp_path / "ray", methods=methods)
+    deletion.run(replace(settings, parallel=TWO))
+    assert (tmp_path / "killed").exists()
+    deletion.run(replace(settings, out=tmp_path / "here"))
+    assert sorted(records_of(settings.out), key=str) == sorted(records_of(tmp_path / "here"), key=str)
+    assert (settings.out / "summary.json").read_text() == (tmp_path / "here" / "summary.json").read_text()
+    assert scores_of(settings.out) == scores_of(tmp_path / "here")
+
+
+def test_workers_of_inj_write_nothing(whole_inj, tmp_path, monkeypatch):
+    from memloc_lens.runs import ray_engine
+
+    sent = []
+    monkeypatch.setattr(ray_engine, "kept_scores", lambda path, compute, of: sent.append((path, compute(), of)))
+    injection.run(replace(whole_inj, out=tmp_path, parallel=TWO))
+    assert sorted(records_of(tmp_path), key=str) == sorted(records_of(whole_inj.out), key=str)
+    assert not (tmp_path / "scores").exists()
+    assert {path.name: tensors["scores"].tolist() for path, tensors, _ in sent} == scores_of(whole_inj.out)
+    assert {path.parent for path, *_ in sent} == {tmp_path / "scores"}
+
+
+@pytest.mark.slow
+def test_find(recited, tmp_path):
+    settings = FindSettings(
+        corpus=(str(recited / "data.jsonl"),), model=str(recited / "model"), device="cpu", prompt=6, suffix=8, batch=2,
+        min_accuracy=0.1, min_distinct=1, max_distance=-1, dev=2,
+    )  # fmt: skip
+    find.run(replace(settings, out=tmp_path / "ray", parallel=Parallel("ray", workers=1)))
+    find.run(replace(settings, out=tmp_path / "here"))
+    assert sorted(records_of(tmp_path / "ray"), key=str) == sorted(records_of(tmp_path / "here"), key=str)
+    written = [(tmp_path / name / "sequences.jsonl").read_text() for name in ("ray", "here")]
+    assert written[0] == written[1] != ""
+
+
+def test_who_does_the_work_is_no_part_of_a_run(whole_del):
+    before = {
+        path: path.read_bytes() for path in whole_del.out.rglob("*") if path.is_file() and "lock" not in path.name
+    }
+    deletion.run(replace(whole_del, parallel=TWO))  # starts no worker, since nothing is missing
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def make_work(folder: Path):
+    """Make a worker that does what its jobs say, and keeps count of them in a folder."""
+
+    def work(job):
+        (name,) = {key[0] for key in job.keys}
+        with (folder / name).open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        for key in job.keys:
+            if job.content == "die" and key[1] == "b":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if job.content == "fail" and key[1] == "b":
+                raise ValueError("losses are NaN")
+            yield {"name": key[0], "part": key[1], "threads": torch.get_num_threads(), "at": os.getcwd()}
+
+    return work
+
+
+@dataclass(frozen=True)
+class MakeWork:
+    folder: Path
+
+    def __call__(self):
+        return make_work(self.folder)
+
+
+def jobs(*contents: str) -> list[Job]:
+    return [Job(((f"{number}", "a"), (f"{number}", "b")), content) for number, content in enumerate(contents)]
+
+
+def tries(folder: Path) -> dict[str, int]:
+    return {file.name: len(file.read_text().split()) for file in sorted(folder.iterdir())}
+
+
+def test_a_job_that_kills_its_worker_fails_after_three_tries_and_the_others_go_on(tmp_path):
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    (work := tmp_path / "work").mkdir()
+    listed = jobs("die", "", "")
+    with RunFolder(tmp_path / "run", {}, ("name", "part")) as folder:
+        with pytest.raises(ValueError, match=r"^1 of the jobs failed, since 3 workers died at each.* 0 a: .*process"):
+            run_jobs(MakeWork(work), listed, folder, RayEngine(workers=1))
+        assert tries(work) == {"0": 3, "1": 1, "2": 1}
+        made = Counter(record["name"] for record in folder.records)
+        assert made - Counter({"0": 1}) == {"1": 2, "2": 2}  # what was on its way when the worker died may be lost
+        assert {(record["threads"], record["at"]) for record in folder.records} == {(1, os.getcwd())}
+    with RunFolder(tmp_path / "run", {}, ("name", "part")) as folder:  # what failed is not taken for done
+        records = run_jobs(lambda: make_work(work), [replace(job, content="") for job in listed], folder)
+    assert len(records) == 6
+    assert tries(work) == {"0": 4, "1": 1, "2": 1}
+
+
+def test_an_error_of_a_job_ends_the_run_and_keeps_what_was_made(tmp_path):
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    with RunFolder(tmp_path / "run", {}, ("name", "part")) as folder:
+        (work := tmp_path / "work").mkdir()
+        with pytest.raises(ValueError, match=r"^losses are NaN$"):
+            run_jobs(MakeWork(work), jobs("fail", ""), folder, RayEngine(workers=1))
+        assert [(record["name"], record["part"]) for record in folder.records] == [("0", "a")]
+    assert tries(work) == {"0": 1}
+
+
+def test_more_workers_than_there_is_room_for():
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    with pytest.raises(ValueError, match="workers is 3, and there is room for 2 that take 1 cores and 0 GPUs each"):
+        next(iter(RayEngine(workers=3)(make_work, [])))
+    with pytest.raises(ValueError, match="workers is 1, and there is room for 0 that take 1 cores and 0"):
+        next(iter(RayEngine(gpus=0.5)(make_work, [])))
