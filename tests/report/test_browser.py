@@ -84,6 +84,7 @@ def test_search_and_switch_by_keyboard(page, written):
     shown.locator("summary").focus()
     page.keyboard.press("Enter")
     tokens = shown.locator(".tokens")
+    tokens.nth(1).wait_for()  # a browser tells that a part was opened when it has time
     assert tokens.count() == 2
     tokens.first.locator("span").first.wait_for()
     first = shown.locator(".changes").text_content()

@@ -1,17 +1,15 @@
 """Runs on workers of ray: what they find, and what becomes of a run whose workers die."""
 
 import os
-import signal
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
+from ray_jobs import MakeWork, Mortal, make_work
 
 from conftest import records_of
-from memloc_lens import Random
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.data import find
 from memloc_lens.data.found import FindSettings
@@ -43,20 +41,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(own)
-
-
-@dataclass(frozen=True)
-class Mortal(Random):
-    """A method that kills its process the first time it is asked."""
-
-    name: ClassVar[str] = "mortal"
-    flag: str = ""
-
-    def __call__(self, model, sequence):
-        if not Path(self.flag).exists():
-            Path(self.flag).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(model, sequence)
 
 
 def scores_of(run: Path) -> dict[str, list]:
@@ -105,31 +89,6 @@ def test_who_does_the_work_is_no_part_of_a_run(whole_del):
     }
     deletion.run(replace(whole_del, parallel=TWO))  # starts no worker, since nothing is missing
     assert {path: path.read_bytes() for path in before} == before
-
-
-def make_work(folder: Path):
-    """Make a worker that does what its jobs say, and keeps count of them in a folder."""
-
-    def work(job):
-        (name,) = {key[0] for key in job.keys}
-        with (folder / name).open("a") as file:
-            file.write(f"{os.getpid()}\n")
-        for key in job.keys:
-            if job.content == "die" and key[1] == "b":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if job.content == "fail" and key[1] == "b":
-                raise ValueError("losses are NaN")
-            yield {"name": key[0], "part": key[1], "threads": torch.get_num_threads(), "at": os.getcwd()}
-
-    return work
-
-
-@dataclass(frozen=True)
-class MakeWork:
-    folder: Path
-
-    def __call__(self):
-        return make_work(self.folder)
 
 
 def jobs(*contents: str) -> list[Job]:
