@@ -14,7 +14,7 @@ That a text cannot be extracted is not a proof that it is gone: a set that is sw
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -44,6 +44,7 @@ from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.lock import lock
 from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import AnyLocalizer, configured, reads_context, resolve
+from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import RunSettings, identities
 from memloc_lens.runs.visible import visible
@@ -107,6 +108,7 @@ class EraseSettings(RunSettings):
     ratios: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     config: Annotated[Path | None, tyro.conf.Suppress] = None
     tracker: Annotated[str | None, tyro.conf.Suppress] = None
+    parallel: Annotated[Parallel, tyro.conf.Suppress] = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import make_original, write_lines
 from memloc_lens import load_model
 from memloc_lens.erase import command, compare
+from memloc_lens.erase.benchmark import main as forgetting_main
 from memloc_lens.erase.choosing import _Search
 from memloc_lens.erase.command import EraseSettings, main, run
 from memloc_lens.erase.compare import main as compare_main
@@ -146,6 +147,14 @@ def test_on_the_command_line(small, recited, monkeypatch, capsys, tmp_path):
     shown = capsys.readouterr().out
     assert "an erasure: output matrices alone differ" in shown
     assert "the first recites 6; alone: s0, s1" in shown
+
+
+@pytest.mark.parametrize("command", [main, forgetting_main])
+def test_no_engine_is_offered_that_would_not_be_used(command, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["erase", "--engine", "ray"])
+    with pytest.raises(SystemExit):
+        command()
+    assert "--engine" in capsys.readouterr().err
 
 
 def test_a_wrong_precision_is_refused_on_the_command_line(monkeypatch, capsys):
