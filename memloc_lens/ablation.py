@@ -178,7 +178,9 @@ def mean_activations(
     with isolated(model):
         for _, batch in equal_length_batches(sequences, size=16):
             _, cache = model.run_with_cache(batch.tokens.to(model.cfg.device), return_type=None, names_filter=names)
-            total = total + torch.stack([at_least_float32(cache[name]).sum(dim=(0, 1)) for name in names])
+            total = total + torch.stack(
+                [at_least_float32(component.read(model, cache[name])).sum(dim=(0, 1)) for name in names]
+            )
     assert isinstance(total, Tensor)
     return total / sum(len(sequence.tokens) for sequence in sequences)
 

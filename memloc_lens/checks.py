@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.bridge import check_bridge, is_bridge
+from memloc_lens.library_types import HookedTransformer, TransformerBridge
 
 
 def check_model(model: object) -> HookedTransformer:
@@ -22,7 +23,7 @@ def check_model(model: object) -> HookedTransformer:
         ValueError: naming what was given, and how to get a model.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, HookedTransformer):
+    if not isinstance(model, HookedTransformer | TransformerBridge):
         inside = ", the one in its .module" if isinstance(getattr(model, "module", None), HookedTransformer) else ""
         raise ValueError(
             f"the model is {described(model)}; give a HookedTransformer{inside or ', as load_model(...) returns it'}"
@@ -41,6 +42,8 @@ def check_model(model: object) -> HookedTransformer:
                 f"{name or 'the model'} was compiled in place, and compiled code does not see hooks; load the model "
                 "again, and keep the result of torch.compile(model) beside it"
             )
+    if is_bridge(model):
+        check_bridge(model)
     return model
 
 

@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
+from memloc_lens.bridge import is_bridge, run_between, stream_entering
 from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
-from memloc_lens.hooks import END, hooked
+from memloc_lens.hooks import END, has_forward_hooks, hooked, hooked_after_neurons
 from memloc_lens.isolation import gradients_possible, isolated
 from memloc_lens.library_types import HookedTransformer
 from memloc_lens.products import fast_products
@@ -65,16 +66,16 @@ class PrefixCache:
         if model is not self._model:
             raise ValueError("a prefix cache serves the model it was made for; make another PrefixCache for this one")
         if self._layer == 0 or torch.is_grad_enabled():  # what is kept has no graph for a backward pass
-            return 0, model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=0)
+            return 0, stream_entering(model, tokens, 0)
         for name, part in self._before:
-            if part._forward_hooks or part._forward_pre_hooks:
+            if has_forward_hooks(part):
                 raise ValueError(
                     f"{name} has a hook, and the prefix cache holds layers before {self._layer} without it; ablate "
                     f"layer {self._layer} and later ones, or run without the cache"
                 )
         key = (tuple(tokens.shape), tokens.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = model(tokens.to(model.cfg.device), return_type="logits", stop_at_layer=self._layer)
+            self._kept[key] = stream_entering(model, tokens, self._layer)
         return self._layer, self._kept[key]
 
 
@@ -91,7 +92,7 @@ def final_residual(
         prefix: where the layers before the first ablated one are kept.
     """
     if prefix is None:
-        layer, entering = 0, model(batch.tokens.to(model.cfg.device), return_type="logits", stop_at_layer=0)
+        layer, entering = 0, stream_entering(model, batch.tokens, 0)
     else:
         layer, entering = prefix.entering(model, batch.tokens)
     return run_layers(model, entering, layer, batch.prompt_len)
@@ -115,7 +116,9 @@ def clean_pass(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> Clea
 
     A stream between two layers is what the one has returned: at a hook point it would have passed half of the hooks.
     """
-    streams, activations = [model(tokens, return_type="logits", stop_at_layer=0)], []
+    if is_bridge(model):
+        return _clean_pass_of_bridge(model, tokens)
+    streams, activations = [stream_entering(model, tokens, 0)], []
     for layer in range(model.cfg.n_layers):
         stream, cache = model.run_with_cache(
             streams[-1], start_at_layer=layer, stop_at_layer=layer + 1, names_filter=post(layer)
@@ -123,6 +126,14 @@ def clean_pass(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> Clea
         streams.append(stream)
         activations.append(cache[post(layer)])
     return CleanPass(streams, activations)
+
+
+def _clean_pass_of_bridge(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> CleanPass:
+    """Run the model once; what hooks at the hook points of the streams have made of them is what enters the layers."""
+    layers = range(model.cfg.n_layers)
+    names = [f"blocks.{layer}.hook_in" for layer in layers] + [f"blocks.{model.cfg.n_layers - 1}.hook_out"]
+    _, cache = model.run_with_cache(tokens, names_filter=[*names, *map(post, layers)])
+    return CleanPass([cache[name] for name in names], [cache[post(layer)] for layer in layers])
 
 
 def at_targets(
@@ -145,16 +156,16 @@ def run_layers(
         start: from 0 to the number of layers, which runs none.
         prompt_len: of the rows.
     """
-    from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
-
     last = model.cfg.n_layers - 1
     targets = slice(prompt_len - 1, -1)
     if start > last or not _can_split_last_layer(model):
-        whole = model(residual, start_at_layer=start, stop_at_layer=last + 1)
+        whole = run_between(model, residual, start, last + 1)
         return whole if hooked(model, *END) else whole[:, targets]
-    entering = model(residual, start_at_layer=start, stop_at_layer=last)
+    entering = run_between(model, residual, start, last)
     block, past = model.blocks[last], None
     if prompt_len > 1:
+        from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
+
         normed = block.ln1(entering[:, : prompt_len - 1])
         _, keys, values = block.attn.calculate_qkv_matrices(normed, normed, normed)
         past = TransformerLensKeyValueCacheEntry(keys, values)
@@ -164,7 +175,7 @@ def run_layers(
 def _can_split_last_layer(model: HookedTransformer) -> bool:
     """Tell whether `run_layers` knows all that other positions give to the targets in the last layer."""
     cfg = model.cfg
-    return (
+    return not is_bridge(model) and (
         cfg.positional_embedding_type in ("standard", "rotary")
         and not norm_after_mlp(model)
         and not (cfg.use_attn_in or cfg.use_split_qkv_input or cfg.use_qk_norm or cfg.use_logn_attn)
@@ -313,8 +324,16 @@ def _log_odds(
     return own - total, gradient
 
 
+def neurons_add_up(model: HookedTransformer, layer: int) -> bool:
+    """Tell whether a layer's neurons simply add their rows of `W_out` to the stream that leaves it.
+
+    They do not where a norm follows the MLP (Gemma 2, OLMo 2), or a hook. A bridge does not tell what follows.
+    """
+    return not (is_bridge(model) or norm_after_mlp(model) or hooked_after_neurons(model, layer))
+
+
 def norm_after_mlp(model: HookedTransformer) -> bool:
-    """Tell whether a norm follows the MLP (Gemma 2, OLMo 2), so that neurons do not simply add to the stream."""
+    """Tell whether a norm follows the MLP."""
     from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
     return model.cfg.use_normalization_before_and_after or model.cfg.original_architecture in POST_NORM_ARCHITECTURES

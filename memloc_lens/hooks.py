@@ -47,12 +47,18 @@ def hooked(model: HookedTransformer, *parts: str) -> str:
 def hooked_at(model: HookedTransformer, *names: str) -> bool:
     """Tell whether one of these modules itself has any hook, the package's own ones included."""
     modules = [module for name in names if (module := _get(model, name)) is not None]
-    return any(module._forward_hooks or module._forward_pre_hooks or has_hooks(module) for module in modules)
+    return any(has_forward_hooks(module) or has_hooks(module) for module in modules)
 
 
 def hooked_after_neurons(model: HookedTransformer, layer: int) -> bool:
     """Tell whether more than a product with `W_out` lies between a layer's neurons and the stream that leaves it."""
     return hooked_at(model, *(f"blocks.{layer}{part}" for part in ("", ".mlp", ".hook_mlp_out", ".hook_resid_post")))
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has any forward hook, the package's own ones included, those of TransformerLens not."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not _is_of_bridge(function) for function in hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -124,4 +130,9 @@ def _has_global_hooks() -> bool:
 
 
 def _is_own(function: Any) -> bool:
-    return function is None or bool(getattr(function, "memloc_own", False))
+    return function is None or bool(getattr(function, "memloc_own", False)) or _is_of_bridge(function)
+
+
+def _is_of_bridge(function: Any) -> bool:
+    """Tell whether a hook is one that a `TransformerBridge` puts on its own parts."""
+    return str(getattr(function, "__module__", "")).startswith("transformer_lens.model_bridge.")

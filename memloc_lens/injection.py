@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from memloc_lens.bridge import stream_entering
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import (
     NEURONS,
@@ -142,7 +143,8 @@ def inject(
 def _check_weights_are_parameters(model: HookedTransformer) -> None:
     """Refuse a `W_out` that is computed from other parameters, which a change in place would not reach."""
     for layer, block in enumerate(model.blocks):
-        if "W_out" not in block.mlp._parameters:
+        stored = {parameter.untyped_storage().data_ptr() for parameter in block.mlp.parameters()}
+        if block.mlp.W_out.untyped_storage().data_ptr() not in stored:
             raise ValueError(
                 f"blocks.{layer}.mlp.W_out is parametrized, and an injection changes it in place; remove the "
                 "parametrization (torch.nn.utils.parametrize.remove_parametrizations)"
@@ -198,7 +200,7 @@ def _train(
             return normalize(weights + drift, dim=1) * weights.norm(dim=1, keepdim=True) - weights
 
         with torch.no_grad():
-            before = model(whole.tokens, return_type="logits", stop_at_layer=first)
+            before = stream_entering(model, whole.tokens, first)
         for step in range(max_steps):
             with torch.enable_grad(), _changed(model, change(), gold):
                 residual = run_layers(model, before, first, whole.prompt_len)

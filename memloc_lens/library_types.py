@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch as RecordBatch
     from transformer_lens import ActivationCache as ActivationCache
     from transformer_lens import HookedTransformer as HookedTransformer
+    from transformer_lens import HookedTransformerConfig as HookedTransformerConfig
     from transformer_lens.components import LayerNorm as LayerNorm
     from transformer_lens.hook_points import HookPoint as HookPoint
+    from transformer_lens.model_bridge import TransformerBridge as TransformerBridge
     from transformers import PreTrainedModel as PreTrainedModel
     from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 else:
     ActivationCache = _stands_for("transformer_lens", "ActivationCache")
     HookedTransformer = _stands_for("transformer_lens", "HookedTransformer")
+    HookedTransformerConfig = _stands_for("transformer_lens", "HookedTransformerConfig")
     HookPoint = _stands_for("transformer_lens.hook_points", "HookPoint")
     LayerNorm = _stands_for("transformer_lens.components", "LayerNorm")
+    TransformerBridge = _stands_for("transformer_lens.model_bridge", "TransformerBridge")
     PreTrainedModel = _stands_for("transformers", "PreTrainedModel")
     PreTrainedTokenizerBase = _stands_for("transformers", "PreTrainedTokenizerBase")
     RecordBatch = _stands_for("pyarrow", "RecordBatch")

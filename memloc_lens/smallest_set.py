@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from memloc_lens.ablation import Ablation, ablate, mean_activations
+from memloc_lens.bridge import stream_entering
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
 from memloc_lens.forward import at_least_float32, run_layers, target_logits
@@ -179,7 +180,7 @@ def _reciter(
     """Return a function that tells what the model recites now; layers before the first run once."""
     batch = Batch(sequence.tokens[None], sequence.prompt_len).to(model.cfg.device)
     with torch.no_grad(), isolated(model):
-        entering = model(batch.tokens, return_type="logits", stop_at_layer=first_layer)
+        entering = stream_entering(model, batch.tokens, first_layer)
 
     @torch.no_grad()
     def recite() -> Recitation:

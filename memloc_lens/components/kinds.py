@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from memloc_lens.bridge import per_head
 from memloc_lens.checks import check_choice, check_first_layer, check_model, check_tensor, described
 from memloc_lens.hooks import own
 from memloc_lens.library_types import HookedTransformer, HookPoint
@@ -55,6 +56,10 @@ class Component:
     def activations_at(self, layer: int) -> str:
         """Return the full name of a layer's hook point."""
         return f"blocks.{layer}.{self.hook_point}"
+
+    def read(self, model: HookedTransformer, cached: Float[Tensor, "row pos *unit"]) -> Float[Tensor, "row pos *unit"]:
+        """Return what was cached at the hook point as [row, pos, neuron], or [row, pos, head, d_head]."""
+        return per_head(model, cached) if self.name == "head" else cached
 
     @property
     def plural(self) -> str:
@@ -115,6 +120,13 @@ def _edited_activations(
         return own(lambda activations, hook: edit(activations))
 
     return model.hooks(fwd_hooks=[(f"blocks.{layer}.{hook_point}", hook_of(edit)) for layer, edit in edits.items()])
+
+
+def _edited_heads(model: HookedTransformer, edits: Mapping[int, Edit]) -> AbstractContextManager[None]:
+    def by_head(edit: Edit) -> Edit:
+        return lambda read: edit(per_head(model, read)).reshape(read.shape)
+
+    return _edited_activations("attn.hook_z", model, {layer: by_head(edit) for layer, edit in edits.items()})
 
 
 _open_edits: WeakKeyDictionary[nn.Module, tuple[Edit, ...]] = WeakKeyDictionary()
@@ -203,7 +215,7 @@ HEADS = Component(
     "layer head",
     lambda model: (model.cfg.n_layers, model.cfg.n_heads),
     _over_positions_and_head_dimensions,
-    partial(_edited_activations, "attn.hook_z"),
+    _edited_heads,
     "attn.hook_z",
 )
 """Attention heads: what each reads from the values, before `W_O`."""

@@ -60,7 +60,7 @@ class Activations:
         names = [source.activations_at(layer) for layer in range(model.cfg.n_layers)]
         _, cache = model.run_with_cache(batch.tokens, return_type=None, names_filter=names)
         # [row, layer, target, neuron], or [row, layer, target, head, d_head]
-        activations = torch.stack([cache[name][:, batch.targets].float() for name in names], dim=1)
+        activations = torch.stack([source.read(model, cache[name])[:, batch.targets].float() for name in names], dim=1)
         if component is HEADS:
             return self._written_by_heads(model, activations)
         reduced = activations.mean(dim=2).abs() if self.reduction == "abs_mean" else activations.abs().mean(dim=2)

@@ -34,9 +34,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memloc_lens.bridge import is_bridge, run_between
 from memloc_lens.checks import check_model, check_number, in_one_line
 from memloc_lens.components import HEADS, NEURONS, Hook, post
-from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_losses
+from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_logits, target_losses
 from memloc_lens.hooks import hooked, hooked_at
 from memloc_lens.library_types import ActivationCache, HookedTransformer, HookPoint
 from memloc_lens.localizers.scoring import score
@@ -128,7 +129,7 @@ def _attends_as_known(model: HookedTransformer) -> bool:
     cfg = model.cfg
     rotary = cfg.positional_embedding_type == "rotary"  # then keys are seen after their norm
     heads = [HEADS.activations_at(layer) for layer in range(cfg.n_layers)]
-    return (
+    return not is_bridge(model) and (
         (rotary or (cfg.positional_embedding_type in ("standard", "alibi") and not cfg.use_qk_norm))
         and cfg.clip_qkv is None
         and not (cfg.use_logn_attn or cfg.use_dynamic_ntk_rope)
@@ -175,7 +176,7 @@ def _attributions_at_the_end(
     with torch.enable_grad(), model.hooks(fwd_hooks=[(post(layer), write)]):
         # a backward hook before the neurons fails if nothing there has a gradient
         stream = clean.streams[layer][row].requires_grad_(True)
-        logits = model(stream, start_at_layer=layer, return_type="logits")[:, -1]
+        logits = target_logits(model, run_between(model, stream, layer, model.cfg.n_layers))[:, -1]
         probabilities = at_least_float32(logits).softmax(dim=-1).gather(1, true[row, None])
         (gradients,) = torch.autograd.grad(probabilities.sum(), scaled)
     attributions = at_least_float32(gradients) * at_least_float32(last)
@@ -202,7 +203,7 @@ def _attributions(
     for later in range(layer + 1, model.cfg.n_layers):
         hooks += _clean_past_hooks(model, cache, later, row)
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
-        residual = model(cache["resid_pre", layer][row], start_at_layer=layer, stop_at_layer=model.cfg.n_layers)
+        residual = run_between(model, cache["resid_pre", layer][row], layer, model.cfg.n_layers)
         probabilities = torch.exp(-target_losses(model, residual[:, batch.targets], batch[row]))
         # a probability depends on the activations of its own position only, so one sum serves all positions
         (gradients,) = torch.autograd.grad(probabilities.sum(), activations)

@@ -6,9 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from memloc_lens.bridge import stream_entering
 from memloc_lens.components import HEADS, NEURONS, Component, post
-from memloc_lens.forward import norm_after_mlp, run_layers
-from memloc_lens.hooks import check_no_backward_hooks, hooked, hooked_after_neurons
+from memloc_lens.forward import neurons_add_up, run_layers
+from memloc_lens.hooks import check_no_backward_hooks, hooked
 from memloc_lens.library_types import HookedTransformer
 from memloc_lens.sequence import Batch
 
@@ -31,9 +32,9 @@ def masked_residual(
     Up to the neurons of the first masked layer everything is as in the clean pass, which runs once; masking these
     adds the change of their activations times `W_out` to the stream. A batch of one row takes any number of masks.
     """
-    if component is not NEURONS or norm_after_mlp(model) or hooked_after_neurons(model, first_layer):
+    if component is not NEURONS or not neurons_add_up(model, first_layer):
         with torch.no_grad():
-            before = model(batch.tokens, return_type="logits", stop_at_layer=first_layer)
+            before = stream_entering(model, batch.tokens, first_layer)
         # a user's backward hook before the first mask fails if nothing there has a gradient
         before.requires_grad_(bool(hooked(model, f"blocks.{first_layer}")))
 

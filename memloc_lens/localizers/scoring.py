@@ -11,6 +11,7 @@ from torch import Tensor
 from memloc_lens.checks import check_first_layer, check_model, in_one_line
 from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
+from memloc_lens.hooks import has_forward_hooks
 from memloc_lens.library_types import HookedTransformer
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, equal_length_batches
@@ -110,7 +111,7 @@ def score(
 def _check_copies_agree(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> None:
     """Refuse hooks that do not treat copies of a sequence in one batch as they treat the sequence alone."""
     parts = model.named_modules()
-    name = next((name for name, part in parts if part._forward_hooks or part._forward_pre_hooks), "")
+    name = next((name for name, part in parts if has_forward_hooks(part)), "")
     if not name:
         return
     alone = model(tokens[None], return_type="logits")

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from memloc_lens.bridge import run_between
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, top_components
 from memloc_lens.forward import (
@@ -38,11 +39,11 @@ from memloc_lens.forward import (
     at_targets,
     clean_pass,
     final_residual,
-    norm_after_mlp,
+    neurons_add_up,
     run_layers,
     target_loss,
 )
-from memloc_lens.hooks import END, hooked, hooked_after_neurons
+from memloc_lens.hooks import END, hooked
 from memloc_lens.isolation import in_float32
 from memloc_lens.library_types import HookedTransformer, LayerNorm
 from memloc_lens.localizers.scoring import score
@@ -155,7 +156,7 @@ def _losses_without_neuron(
 ) -> Float[Tensor, " pair"]:
     """Return the suffix losses with one neuron of `layer` zeroed in each pair's row."""
     row, neuron = pairs.unbind(dim=1)
-    adds_up = not (norm_after_mlp(model) or hooked_after_neurons(model, layer))
+    adds_up = neurons_add_up(model, layer)
     if layer == model.cfg.n_layers - 1 and adds_up and _has_plain_end(model):
         return _losses_without_last(model, clean, batch, row, neuron)
     residuals_without = _residuals_without if adds_up else _residuals_by_masking
@@ -182,7 +183,7 @@ def _residuals_by_masking(
         return activations.scatter(2, neuron[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
 
     with NEURONS.edited(model, {layer: without}):
-        return model(clean.streams[layer][row], start_at_layer=layer, stop_at_layer=layer + 1)
+        return run_between(model, clean.streams[layer][row], layer, layer + 1)
 
 
 def _has_plain_end(model: HookedTransformer) -> bool:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained import weight_conversions
 from transformers import PreTrainedConfig
 
+from memloc_lens.library_types import HookedTransformerConfig
 from memloc_lens.models import weights
+from memloc_lens.models.weights import by_transformer_lens
 
 Fields = dict[str, Any]
 """Fields of a `HookedTransformerConfig`."""
@@ -218,11 +218,13 @@ def _olmo2(config: PreTrainedConfig) -> Fields:
 
 
 FAMILIES: dict[str, Family] = {
-    "GPT2LMHeadModel": Family(_gpt2, weight_conversions.convert_gpt2_weights),
-    "GPTNeoForCausalLM": Family(_gpt_neo, weight_conversions.convert_neo_weights),
-    "GPTJForCausalLM": Family(_gptj, weight_conversions.convert_gptj_weights),
-    "GPTNeoXForCausalLM": Family(_gpt_neox, weights.with_all_biases(weight_conversions.convert_neox_weights)),
-    "OPTForCausalLM": Family(_opt, weights.with_all_biases(weight_conversions.convert_opt_weights)),
+    "GPT2LMHeadModel": Family(_gpt2, by_transformer_lens("convert_gpt2_weights")),
+    "GPTNeoForCausalLM": Family(_gpt_neo, by_transformer_lens("convert_neo_weights")),
+    "GPTJForCausalLM": Family(_gptj, by_transformer_lens("convert_gptj_weights")),
+    "GPTNeoXForCausalLM": Family(
+        _gpt_neox, weights.with_all_biases(by_transformer_lens("convert_neox_weights"))
+    ),
+    "OPTForCausalLM": Family(_opt, weights.with_all_biases(by_transformer_lens("convert_opt_weights"))),
     "BloomForCausalLM": Family(_bloom, weights.of_bloom),
     "LlamaForCausalLM": Family(_llama, weights.of_llama),
     "MistralForCausalLM": Family(_mistral, weights.of_llama),
@@ -232,7 +234,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": Family(_gemma2, weights.of_gemma2),
     "Gemma3ForCausalLM": Family(_gemma3, weights.of_gemma2),
     "Gemma3ForConditionalGeneration": Family(_gemma3_with_images, weights.of_gemma2),
-    "PhiForCausalLM": Family(_phi, weight_conversions.convert_phi_weights),
+    "PhiForCausalLM": Family(_phi, by_transformer_lens("convert_phi_weights")),
     "Phi3ForCausalLM": Family(_mistral, weights.of_phi3),
     "OlmoForCausalLM": Family(_olmo, weights.of_olmo),
     "Olmo2ForCausalLM": Family(_olmo2, weights.of_olmo2),

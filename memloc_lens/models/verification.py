@@ -1,9 +1,11 @@
-"""Compare a `HookedTransformer` with the model of transformers that it was made from."""
+"""Compare a model with the model of transformers that it was made from."""
 
 import math
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from memloc_lens.library_types import HookedTransformer
 from memloc_lens.products import fast_products
@@ -37,16 +39,43 @@ def check_same(model: HookedTransformer, original: Any) -> None:
     with fast_products(torch.device("cpu")):
         log_probs = model(tokens, return_type="logits").double().log_softmax(-1)
         expected = original(tokens, use_cache=False).logits.double().log_softmax(-1)
+    _check_close(log_probs, expected, cfg.dtype, f"HookedTransformer does not compute what {type(original).__name__}")
+
+
+@torch.no_grad()
+def sample_of(original: Any) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 pos d_vocab"]]:
+    """Return random tokens, and the log-probabilities that a model of transformers gives at each."""
+    config = original.config.get_text_config()
+    length = min(LEAST_TOKENS, getattr(config, "max_position_embeddings", None) or LEAST_TOKENS)
+    tokens = torch.randint(
+        config.vocab_size, (1, length), generator=torch.Generator("cpu").manual_seed(0), device="cpu"
+    )
+    return tokens, original(tokens, use_cache=False).logits.double().log_softmax(-1)
+
+
+@torch.no_grad()
+def check_bridge_same(
+    model: HookedTransformer, tokens: Int[Tensor, "1 pos"], expected: Float[Tensor, "1 pos d_vocab"]
+) -> None:
+    """Refuse a bridge whose log-probabilities are not those that its model gave before, as `sample_of` returns them.
+
+    Raises:
+        ValueError: stating the largest difference, in nats.
+    """
+    log_probs = model(tokens, return_type="logits").double().log_softmax(-1)
+    _check_close(log_probs, expected, model.cfg.dtype, "TransformerBridge does not compute what its own model")
+
+
+def _check_close(
+    log_probs: Float[Tensor, "1 pos d_vocab"], expected: Float[Tensor, "1 pos d_vocab"], dtype: torch.dtype, what: str
+) -> None:
     difference, largest = (log_probs - expected).abs().max().item(), expected.abs().max().item()
     if not math.isfinite(difference):
+        raise ValueError(f"the log-probabilities are not finite; the weights hold NaN or infinity, or overflow {dtype}")
+    if difference > LIMITS[dtype] * largest:
         raise ValueError(
-            f"the log-probabilities are not finite; the weights hold NaN or infinity, or overflow {cfg.dtype}"
-        )
-    if difference > LIMITS[cfg.dtype] * largest:
-        raise ValueError(
-            f"the HookedTransformer does not compute what {type(original).__name__} does: the log-probabilities of "
-            f"{tokens.shape[1]} random tokens differ by up to {difference:.2g} nats; its configuration has a setting "
-            "that is not supported"
+            f"the {what} does: the log-probabilities of {expected.shape[1]} random tokens differ by up to "
+            f"{difference:.2g} nats; its configuration has a setting that is not supported"
         )
 
 

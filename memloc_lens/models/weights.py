@@ -10,11 +10,22 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-from transformer_lens import HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_bloom_weights
+
+from memloc_lens.library_types import HookedTransformerConfig
 
 State = dict[str, Tensor]
 Convert = Callable[[Any, HookedTransformerConfig], State]
+
+
+def by_transformer_lens(name: str) -> Convert:
+    """Return a function of TransformerLens by its name; TransformerLens 4, which makes bridges alone, has none."""
+
+    def convert(original: Any, cfg: HookedTransformerConfig) -> State:
+        from transformer_lens.pretrained import weight_conversions
+
+        return getattr(weight_conversions, name)(original, cfg)
+
+    return convert
 
 
 def of_llama(original: Any, cfg: HookedTransformerConfig) -> State:
@@ -67,7 +78,7 @@ def of_olmo2(original: Any, cfg: HookedTransformerConfig) -> State:
 
 def of_bloom(original: Any, cfg: HookedTransformerConfig) -> State:
     """Return the state of BLOOM; a `HookedTransformer` has position embeddings that it does not use."""
-    return convert_bloom_weights(original, cfg) | {
+    return by_transformer_lens("convert_bloom_weights")(original, cfg) | {
         "pos_embed.W_pos": torch.zeros(cfg.n_ctx, cfg.d_model, dtype=cfg.dtype)
     }
 
