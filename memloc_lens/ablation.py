@@ -19,7 +19,7 @@ from memloc_lens.checks import check_choice, check_model, check_not_compiled, ch
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
 from memloc_lens.forward import at_least_float32
 from memloc_lens.isolation import isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 from memloc_lens.turns import turn
 
@@ -28,7 +28,7 @@ Ablation = Literal["zero", "mean", "scale"]
 
 @contextmanager
 def ablate(
-    model: HookedTransformer,
+    model: HookedModel,
     components: ComponentSet | Sequence[ComponentSet],
     kind: Ablation = "zero",
     *,
@@ -79,7 +79,7 @@ def ablate(
         yield
 
 
-def _common_component(model: HookedTransformer, sets: Sequence[ComponentSet]) -> Component:
+def _common_component(model: HookedModel, sets: Sequence[ComponentSet]) -> Component:
     if not isinstance(sets, list | tuple) or not sets or not all(isinstance(item, ComponentSet) for item in sets):
         raise ValueError(
             f"the components are {described(sets)}; give a set such as top_neurons(scores, ratio) returns, or a list "
@@ -94,7 +94,7 @@ def _common_component(model: HookedTransformer, sets: Sequence[ComponentSet]) ->
 
 
 @contextmanager
-def mask(model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], first_layer: int = 0) -> Iterator[None]:
+def mask(model: HookedModel, values: Float[Tensor, "*row layer neuron"], first_layer: int = 0) -> Iterator[None]:
     """Multiply the neurons' activations by a mask at every position; see `Component.masked` for other components.
 
     Args:
@@ -120,7 +120,7 @@ def mask(model: HookedTransformer, values: Float[Tensor, "*row layer neuron"], f
 
 
 @contextmanager
-def _seen_by_compiled_code(model: HookedTransformer) -> Iterator[None]:
+def _seen_by_compiled_code(model: HookedModel) -> Iterator[None]:
     """Let what `torch.compile` made of the model be compiled again, since it does not see new hooks."""
     _forget_compiled_code(model)
     try:
@@ -129,7 +129,7 @@ def _seen_by_compiled_code(model: HookedTransformer) -> Iterator[None]:
         _forget_compiled_code(model)
 
 
-def _forget_compiled_code(model: HookedTransformer) -> None:
+def _forget_compiled_code(model: HookedModel) -> None:
     """Drop what `torch.compile` keeps of the model's forward pass, if anything."""
     if "torch._dynamo.eval_frame" not in sys.modules:  # it takes a second to import, and nothing compiles without it
         return
@@ -139,7 +139,7 @@ def _forget_compiled_code(model: HookedTransformer) -> None:
         torch.compiler.reset()
 
 
-def _means(model: HookedTransformer, over: Any, component: Component) -> Float[Tensor, " layer *activation"]:
+def _means(model: HookedModel, over: Any, component: Component) -> Float[Tensor, " layer *activation"]:
     _check_has_activations(component)
     if not isinstance(over, Tensor):
         return mean_activations(model, over, component)
@@ -154,7 +154,7 @@ def _means(model: HookedTransformer, over: Any, component: Component) -> Float[T
 
 @torch.no_grad()
 def mean_activations(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], component: Component = NEURONS
+    model: HookedModel, sequences: Sequence[MemorizedSequence], component: Component = NEURONS
 ) -> Float[Tensor, " layer *activation"]:
     """Average the activations over all positions of the sequences.
 

@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from memloc_lens.library_types import HookedTransformer, TransformerBridge
+from memloc_lens.library_types import HookedModel, TransformerBridge
 
 TOKENS = 8
 """Tokens that a bridge is tried on."""
@@ -32,9 +32,7 @@ def is_bridge(model: object) -> bool:
     return isinstance(model, TransformerBridge)
 
 
-def stream_entering(
-    model: HookedTransformer, tokens: Int[Tensor, "row pos"], layer: int
-) -> Float[Tensor, "row pos d_model"]:
+def stream_entering(model: HookedModel, tokens: Int[Tensor, "row pos"], layer: int) -> Float[Tensor, "row pos d_model"]:
     """Return the residual stream that enters a layer, or leaves the last one for the number of layers.
 
     Args:
@@ -57,7 +55,7 @@ def stream_entering(
 
 
 def run_between(
-    model: HookedTransformer, stream: Float[Tensor, "row pos d_model"], start: int, stop: int
+    model: HookedModel, stream: Float[Tensor, "row pos d_model"], start: int, stop: int
 ) -> Float[Tensor, "row pos d_model"]:
     """Run some layers.
 
@@ -76,7 +74,7 @@ def run_between(
         return stream_entering(model, tokens, stop)
 
 
-def per_head(model: HookedTransformer, read: Float[Tensor, "row pos *heads"]) -> Float[Tensor, "row pos head d_head"]:
+def per_head(model: HookedModel, read: Float[Tensor, "row pos *heads"]) -> Float[Tensor, "row pos head d_head"]:
     """Return what heads read from the values, head by head: a bridge has that of all heads side by side."""
     return rearrange(read, "row pos (head d) -> row pos head d", head=model.cfg.n_heads) if read.ndim == 3 else read
 

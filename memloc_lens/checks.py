@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from memloc_lens.bridge import check_bridge, is_bridge
-from memloc_lens.library_types import HookedTransformer, TransformerBridge
+from memloc_lens.library_types import HookedModel
 
 
-def check_model(model: object) -> HookedTransformer:
+def check_model(model: object) -> HookedModel:
     """Refuse what is not a `HookedTransformer` that reads tokens from left to right and has MLP layers.
 
     Args:
@@ -23,8 +23,8 @@ def check_model(model: object) -> HookedTransformer:
         ValueError: naming what was given, and how to get a model.
     """
     model = getattr(model, "_orig_mod", model)
-    if not isinstance(model, HookedTransformer | TransformerBridge):
-        inside = ", the one in its .module" if isinstance(getattr(model, "module", None), HookedTransformer) else ""
+    if not isinstance(model, HookedModel):
+        inside = ", the one in its .module" if isinstance(getattr(model, "module", None), HookedModel) else ""
         raise ValueError(
             f"the model is {described(model)}; give a HookedTransformer{inside or ', as load_model(...) returns it'}"
         )

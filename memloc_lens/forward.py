@@ -15,7 +15,7 @@ from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
 from memloc_lens.hooks import END, has_forward_hooks, hooked, hooked_after_neurons
 from memloc_lens.isolation import gradients_possible, isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.products import fast_products
 from memloc_lens.sequence import Batch
 
@@ -46,7 +46,7 @@ class PrefixCache:
         ...     residual = final_residual(model, batch, prefix)
     """
 
-    def __init__(self, model: HookedTransformer, layer: int) -> None:
+    def __init__(self, model: HookedModel, layer: int) -> None:
         model = check_model(model)
         check_first_layer(layer, model.cfg.n_layers)
         self._model, self._layer = model, layer
@@ -56,7 +56,7 @@ class PrefixCache:
         self._before = [(name, part) for name, part in parts if name and not f"{name}.".startswith(later)]
 
     def entering(
-        self, model: HookedTransformer, tokens: Int[Tensor, "row pos"]
+        self, model: HookedModel, tokens: Int[Tensor, "row pos"]
     ) -> tuple[int, Float[Tensor, "row pos d_model"]]:
         """Return the layer and the residual stream that enters it, from the cache if it is there.
 
@@ -80,7 +80,7 @@ class PrefixCache:
 
 
 def final_residual(
-    model: HookedTransformer, batch: Batch, prefix: PrefixCache | None = None
+    model: HookedModel, batch: Batch, prefix: PrefixCache | None = None
 ) -> Float[Tensor, "row target d_model"]:
     """Return the residual stream after the last layer, before the final norm, at the target positions.
 
@@ -111,7 +111,7 @@ class CleanPass:
     activations: list[Float[Tensor, "row pos neuron"]]
 
 
-def clean_pass(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> CleanPass:
+def clean_pass(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> CleanPass:
     """Run the model up to the final norm, a layer at a time.
 
     A stream between two layers is what the one has returned: at a hook point it would have passed half of the hooks.
@@ -128,7 +128,7 @@ def clean_pass(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> Clea
     return CleanPass(streams, activations)
 
 
-def _clean_pass_of_bridge(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> CleanPass:
+def _clean_pass_of_bridge(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> CleanPass:
     """Run the model once; what hooks at the hook points of the streams have made of them is what enters the layers."""
     layers = range(model.cfg.n_layers)
     names = [f"blocks.{layer}.hook_in" for layer in layers] + [f"blocks.{model.cfg.n_layers - 1}.hook_out"]
@@ -137,14 +137,14 @@ def _clean_pass_of_bridge(model: HookedTransformer, tokens: Int[Tensor, "row pos
 
 
 def at_targets(
-    model: HookedTransformer, residual: Float[Tensor, "row pos d_model"], batch: Batch
+    model: HookedModel, residual: Float[Tensor, "row pos d_model"], batch: Batch
 ) -> Float[Tensor, "row target d_model"]:
     """Return of the final residual stream at all positions what `final_residual` returns."""
     return residual if hooked(model, *END) else residual[:, batch.targets]
 
 
 def run_layers(
-    model: HookedTransformer, residual: Float[Tensor, "row pos d_model"], start: int, prompt_len: int
+    model: HookedModel, residual: Float[Tensor, "row pos d_model"], start: int, prompt_len: int
 ) -> Float[Tensor, "row target d_model"]:
     """Run the layers from `start` on; the last one at the target positions alone.
 
@@ -172,7 +172,7 @@ def run_layers(
     return block(entering[:, targets], past_kv_cache_entry=past)
 
 
-def _can_split_last_layer(model: HookedTransformer) -> bool:
+def _can_split_last_layer(model: HookedModel) -> bool:
     """Tell whether `run_layers` knows all that other positions give to the targets in the last layer."""
     cfg = model.cfg
     return not is_bridge(model) and (
@@ -185,7 +185,7 @@ def _can_split_last_layer(model: HookedTransformer) -> bool:
 
 
 def target_logits(
-    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch | None = None
+    model: HookedModel, residual: Float[Tensor, "row target d_model"], batch: Batch | None = None
 ) -> Float[Tensor, "row suffix d_vocab"]:
     """Return the logits of the suffix, from the final residual stream.
 
@@ -201,7 +201,7 @@ def target_logits(
     return cap * torch.tanh(logits / cap) if cap > 0 else logits
 
 
-def _normalized(model: HookedTransformer, residual: Float[Tensor, "row target d_model"]) -> Tensor:
+def _normalized(model: HookedModel, residual: Float[Tensor, "row target d_model"]) -> Tensor:
     return residual if model.cfg.normalization_type is None else model.ln_final(residual)
 
 
@@ -211,7 +211,7 @@ def at_least_float32(values: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
 
 
 def target_losses(
-    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
+    model: HookedModel, residual: Float[Tensor, "row target d_model"], batch: Batch
 ) -> Float[Tensor, "row suffix"]:
     """Return -log p(token | all before it) of every token of the suffix, in nats.
 
@@ -230,14 +230,14 @@ def target_losses(
 
 
 def target_loss(
-    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
+    model: HookedModel, residual: Float[Tensor, "row target d_model"], batch: Batch
 ) -> Float[Tensor, " row"]:
     """Return the suffix loss of each row: the mean of `target_losses`, in nats, in their precision."""
     return target_losses(model, residual, batch).mean(dim=1)
 
 
 def _of_targets(
-    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch, of_logits: OfLogits
+    model: HookedModel, residual: Float[Tensor, "row target d_model"], batch: Batch, of_logits: OfLogits
 ) -> Float[Tensor, "row suffix"]:
     suffix = batch.suffix.to(residual.device)
     if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad or hooked(model, *END):
@@ -252,7 +252,7 @@ def _of_targets(
 
 
 def target_log_odds(
-    model: HookedTransformer, residual: Float[Tensor, "row target d_model"], batch: Batch
+    model: HookedModel, residual: Float[Tensor, "row target d_model"], batch: Batch
 ) -> Float[Tensor, "row suffix"]:
     """Return log p - log(1 - p) of every token of the suffix: its logit less the log-sum-exp of all others.
 
@@ -324,7 +324,7 @@ def _log_odds(
     return own - total, gradient
 
 
-def neurons_add_up(model: HookedTransformer, layer: int) -> bool:
+def neurons_add_up(model: HookedModel, layer: int) -> bool:
     """Tell whether a layer's neurons simply add their rows of `W_out` to the stream that leaves it.
 
     They do not where a norm follows the MLP (Gemma 2, OLMo 2), or a hook. A bridge does not tell what follows.
@@ -332,7 +332,7 @@ def neurons_add_up(model: HookedTransformer, layer: int) -> bool:
     return not (is_bridge(model) or norm_after_mlp(model) or hooked_after_neurons(model, layer))
 
 
-def norm_after_mlp(model: HookedTransformer) -> bool:
+def norm_after_mlp(model: HookedModel) -> bool:
     """Tell whether a norm follows the MLP."""
     from transformer_lens.components.transformer_block import POST_NORM_ARCHITECTURES
 
@@ -340,7 +340,7 @@ def norm_after_mlp(model: HookedTransformer) -> bool:
 
 
 @contextmanager
-def frozen(model: HookedTransformer) -> Iterator[None]:
+def frozen(model: HookedModel) -> Iterator[None]:
     """Set evaluation mode and freeze the parameters; both are restored on leaving.
 
     Meanwhile other threads wait, and autocast, inference mode and a default device have no effect.
@@ -354,7 +354,7 @@ def frozen(model: HookedTransformer) -> Iterator[None]:
 
 
 @contextmanager
-def _as_constant(model: HookedTransformer) -> Iterator[None]:
+def _as_constant(model: HookedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memloc_lens.checks import check_model
 from memloc_lens.isolation import isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import rows_at_once
 from memloc_lens.models import generates_with_cache
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
@@ -19,7 +19,7 @@ Predictions = list[Int[Tensor, " _"]]
 
 
 @contextmanager
-def same_modes(model: HookedTransformer) -> Iterator[None]:
+def same_modes(model: HookedModel) -> Iterator[None]:
     """Restore on leaving which modules are in training mode: `model.generate` leaves evaluation mode behind."""
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -30,7 +30,7 @@ def same_modes(model: HookedTransformer) -> Iterator[None]:
 
 
 @torch.no_grad()
-def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16) -> Predictions:
+def free_running(model: HookedModel, sequences: Sequence[MemorizedSequence], batch: int = 16) -> Predictions:
     """Return the greedy continuation of each prompt, as long as the true suffix.
 
     Args:
@@ -61,7 +61,7 @@ def free_running(model: HookedTransformer, sequences: Sequence[MemorizedSequence
     return predictions
 
 
-def rows_for(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int) -> int:
+def rows_for(model: HookedModel, sequences: Sequence[MemorizedSequence], batch: int) -> int:
     """Return how many of the sequences run at a time: as many as memory has room for, at most `batch`."""
     length = max((len(sequence.tokens) for sequence in sequences), default=1)
     return min(batch, rows_at_once(model, length, length))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
-from memloc_lens.library_types import HookedTransformer, HookPoint
+from memloc_lens.library_types import HookedModel, HookPoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,7 +25,7 @@ def own(function: Function) -> Function:
     return function
 
 
-def hooked(model: HookedTransformer, *parts: str) -> str:
+def hooked(model: HookedModel, *parts: str) -> str:
     """Return the name of the first module with a hook that is not the package's own, or nothing.
 
     Forward and backward hooks count, permanent ones, torch's own, and a replaced `forward`.
@@ -44,13 +44,13 @@ def hooked(model: HookedTransformer, *parts: str) -> str:
     return next((name for name, module in inside if has_hooks(module)), "")
 
 
-def hooked_at(model: HookedTransformer, *names: str) -> bool:
+def hooked_at(model: HookedModel, *names: str) -> bool:
     """Tell whether one of these modules itself has any hook, the package's own ones included."""
     modules = [module for name in names if (module := _get(model, name)) is not None]
     return any(has_forward_hooks(module) or has_hooks(module) for module in modules)
 
 
-def hooked_after_neurons(model: HookedTransformer, layer: int) -> bool:
+def hooked_after_neurons(model: HookedModel, layer: int) -> bool:
     """Tell whether more than a product with `W_out` lies between a layer's neurons and the stream that leaves it."""
     return hooked_at(model, *(f"blocks.{layer}{part}" for part in ("", ".mlp", ".hook_mlp_out", ".hook_resid_post")))
 
@@ -80,7 +80,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def check_no_hook_on_itself(model: HookedTransformer) -> None:
+def check_no_hook_on_itself(model: HookedModel) -> None:
     """Refuse a hook on the whole model, which would also act on a pass through some of its layers.
 
     Raises:
@@ -93,7 +93,7 @@ def check_no_hook_on_itself(model: HookedTransformer) -> None:
         )
 
 
-def check_no_backward_hooks(model: HookedTransformer, names: Iterable[str]) -> None:
+def check_no_backward_hooks(model: HookedModel, names: Iterable[str]) -> None:
     """Refuse backward hooks at hook points where a method changes activations: the change would not pass the hook.
 
     Raises:
@@ -107,12 +107,12 @@ def check_no_backward_hooks(model: HookedTransformer, names: Iterable[str]) -> N
             )
 
 
-def _inside(model: HookedTransformer, part: str) -> Iterator[tuple[str, nn.Module]]:
+def _inside(model: HookedModel, part: str) -> Iterator[tuple[str, nn.Module]]:
     module = _get(model, part)
     return iter(()) if module is None else module.named_modules(prefix=part)
 
 
-def _get(model: HookedTransformer, name: str) -> nn.Module | None:
+def _get(model: HookedModel, name: str) -> nn.Module | None:
     module: Any = model
     for step in name.split("."):
         module = getattr(module, "_modules", {}).get(step)

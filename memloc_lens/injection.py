@@ -40,7 +40,7 @@ from memloc_lens.components import (
 from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
 from memloc_lens.hooks import check_no_backward_hooks, own
 from memloc_lens.isolation import gradients_possible
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.turns import turn
 
@@ -71,7 +71,7 @@ class Injection:
 
 @contextmanager
 def inject(
-    model: HookedTransformer,
+    model: HookedModel,
     sequence: MemorizedSequence,
     ratio: float = 0.01,
     seed: int = 0,
@@ -140,7 +140,7 @@ def inject(
                 block.mlp.W_out.data[members] = weights
 
 
-def _check_weights_are_parameters(model: HookedTransformer) -> None:
+def _check_weights_are_parameters(model: HookedModel) -> None:
     """Refuse a `W_out` that is computed from other parameters, which a change in place would not reach."""
     for layer, block in enumerate(model.blocks):
         stored = {parameter.untyped_storage().data_ptr() for parameter in block.mlp.parameters()}
@@ -151,7 +151,7 @@ def _check_weights_are_parameters(model: HookedTransformer) -> None:
             )
 
 
-def _draw(model: HookedTransformer, component: Component, ratio: float, seed: int) -> Bool[Tensor, " layer *unit"]:
+def _draw(model: HookedModel, component: Component, ratio: float, seed: int) -> Bool[Tensor, " layer *unit"]:
     shape = component.shape(model)
     total = int(np.prod(shape))
     count = count_of(ratio, total, "nearest", component.plural)
@@ -165,7 +165,7 @@ def _draw(model: HookedTransformer, component: Component, ratio: float, seed: in
     return gold.view(shape).to(model.cfg.device)
 
 
-def _layers(model: HookedTransformer, gold: Bool[Tensor, " layer *unit"]) -> Iterator[tuple[Any, Tensor]]:
+def _layers(model: HookedModel, gold: Bool[Tensor, " layer *unit"]) -> Iterator[tuple[Any, Tensor]]:
     return zip(model.blocks, gold, strict=True)
 
 
@@ -179,7 +179,7 @@ def _norms(weights: Float[Tensor, " gold *d_model"]) -> Float[Tensor, " gold"]:
 
 
 def _train(
-    model: HookedTransformer,
+    model: HookedModel,
     whole: Batch,
     gold: Bool[Tensor, " layer *unit"],
     lr: float,
@@ -217,7 +217,7 @@ def _train(
 
 @contextmanager
 def _changed(
-    model: HookedTransformer, change: Float[Tensor, " gold *d_model"], gold: Bool[Tensor, " layer *unit"]
+    model: HookedModel, change: Float[Tensor, " gold *d_model"], gold: Bool[Tensor, " layer *unit"]
 ) -> Iterator[None]:
     """Let the MLPs write as if the change had been added to the weights of the ground truth."""
     with ExitStack() as stack:
@@ -256,6 +256,6 @@ def _written(
     return activations @ change.new_zeros(members.shape).masked_scatter(members, change)
 
 
-def _loss(model: HookedTransformer, whole: Batch) -> float:
+def _loss(model: HookedModel, whole: Batch) -> float:
     with torch.no_grad(), frozen(model):
         return target_loss(model, final_residual(model, whole), whole).item()

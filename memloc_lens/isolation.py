@@ -6,12 +6,12 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from memloc_lens.hooks import check_no_hook_on_itself
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.turns import turn
 
 
 @contextmanager
-def isolated(model: HookedTransformer) -> Iterator[None]:
+def isolated(model: HookedModel) -> Iterator[None]:
     """Compute with a model as if nothing were set around the call, while other threads wait.
 
     Args:
@@ -32,7 +32,7 @@ def isolated(model: HookedTransformer) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_possible(model: HookedTransformer) -> Iterator[None]:
+def gradients_possible(model: HookedModel) -> Iterator[None]:
     """Leave `torch.inference_mode`, in which no tensor can have a gradient, while the context is open.
 
     Raises:
@@ -50,7 +50,7 @@ def gradients_possible(model: HookedTransformer) -> Iterator[None]:
 
 
 @contextmanager
-def in_float32(model: HookedTransformer) -> Iterator[None]:
+def in_float32(model: HookedModel) -> Iterator[None]:
     """Hold the weights of a model in half precision in float32, too, and compute with those, while the context is open.
 
     That takes 4 bytes more for each parameter. A model in float32 or float64 stays as it is.

@@ -12,7 +12,7 @@ class _OfLibrary(type):
     """The type of a class that stands for the one of the same name in a library."""
 
     def __instancecheck__(cls, instance: object) -> bool:
-        own = getattr(sys.modules.get(cls.__module__), cls.__name__, None)
+        own = vars(sys.modules.get(cls.__module__, sys)).get(cls.__name__)
         return own is not None and isinstance(instance, own)  # before it is imported, nothing is an instance
 
 
@@ -40,3 +40,6 @@ else:
     PreTrainedModel = _stands_for("transformers", "PreTrainedModel")
     PreTrainedTokenizerBase = _stands_for("transformers", "PreTrainedTokenizerBase")
     RecordBatch = _stands_for("pyarrow", "RecordBatch")
+
+HookedModel = HookedTransformer | TransformerBridge
+"""A model that everything here works with: of TransformerLens before version 4, or of either version."""

@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 
 CPU_TOKENS_AT_ONCE, GPU_TOKENS_AT_ONCE = 2560, 2**16
 """Tokens in one pass: more gain nothing, and on a CPU they no longer fit its caches."""
@@ -76,9 +76,7 @@ def parse_memory(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def rows_at_once(
-    model: HookedTransformer, length: int, targets: int, graph_layers: int = 0, parameters: int = 0
-) -> int:
+def rows_at_once(model: HookedModel, length: int, targets: int, graph_layers: int = 0, parameters: int = 0) -> int:
     """Return how many rows of a batch fit, at least 1.
 
     Args:
@@ -114,7 +112,7 @@ def in_chunks(items: Tensor, size: int, work: Callable[[Tensor], Result]) -> lis
     return results
 
 
-def _row_bytes(model: HookedTransformer, length: int, targets: int, graph_layers: int) -> int:
+def _row_bytes(model: HookedModel, length: int, targets: int, graph_layers: int) -> int:
     """Estimate the peak memory of a row, generously: the tensors of TransformerLens' forward pass, by width."""
     cfg = model.cfg
     assert cfg.d_mlp is not None

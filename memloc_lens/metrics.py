@@ -19,7 +19,7 @@ from memloc_lens.components import ComponentSet, Scope, count_of
 from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss, target_losses
 from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.isolation import isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import (
     Batch,
@@ -50,7 +50,7 @@ __all__ = [
 
 @torch.no_grad()
 def teacher_forced(
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: Sequence[MemorizedSequence],
     batch: int = 16,
     prefix: PrefixCache | None = None,
@@ -86,7 +86,7 @@ def suffix_accuracy(predictions: Predictions, sequences: Sequence[MemorizedSeque
 
 
 def text_distance(
-    model: HookedTransformer, predictions: Predictions, sequences: Sequence[MemorizedSequence]
+    model: HookedModel, predictions: Predictions, sequences: Sequence[MemorizedSequence]
 ) -> Float[Tensor, " sequence"]:
     """Return the Levenshtein distance, in characters, from each text to its prompt with the predicted suffix.
 
@@ -104,7 +104,7 @@ def text_distance(
 
 @torch.no_grad()
 def suffix_loss(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16
+    model: HookedModel, sequences: Sequence[MemorizedSequence], batch: int = 16
 ) -> Float[Tensor, " sequence"]:
     """Return the mean of -log p(token | all before it) over each suffix, in nats.
 
@@ -125,7 +125,7 @@ def suffix_loss(
 
 @torch.no_grad()
 def suffix_probabilities(
-    model: HookedTransformer, sequence: MemorizedSequence, prefix: PrefixCache | None = None
+    model: HookedModel, sequence: MemorizedSequence, prefix: PrefixCache | None = None
 ) -> Float[Tensor, " suffix"]:
     """Return p(token | all before it) of every token of the suffix, on the CPU.
 
@@ -146,7 +146,7 @@ def suffix_probabilities(
 
 
 def perplexity(
-    model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
+    model: HookedModel, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
 ) -> float:
     """Return exp of the mean negative log-likelihood (nats) over all tokens of the rows but each row's first.
 
@@ -167,7 +167,7 @@ def perplexity(
 
 @torch.no_grad()
 def row_losses(
-    model: HookedTransformer, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
+    model: HookedModel, rows: Int[Tensor, "row pos"], batch: int = 16, prefix: PrefixCache | None = None
 ) -> Float[Tensor, " row"]:
     """Return the mean negative log-likelihood (nats) of each row, over all its tokens but the first."""
     model = check_model(model)
@@ -182,7 +182,7 @@ def row_losses(
 
 
 def text_rows(
-    model: HookedTransformer, texts: Sequence[str], tokens: int, length: int = 128, bos: bool | None = None
+    model: HookedModel, texts: Sequence[str], tokens: int, length: int = 128, bos: bool | None = None
 ) -> Int[Tensor, "row pos"]:
     """Return the first tokens of the texts, joined and cut into rows of equal length.
 

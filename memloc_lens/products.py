@@ -53,4 +53,9 @@ _linear: Callable[..., Tensor] = torch.ops.mkldnn._linear_pointwise
 
 
 def _suits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == torch.float32 and left.device.type == "cpu" and left.shape[0] * right.numel() >= WORTHWHILE
+    return (
+        left.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.shape[0] * right.numel() >= WORTHWHILE
+        and all(part.is_contiguous() or part.t().is_contiguous() for part in (left, right))  # others take 1000 times
+    )

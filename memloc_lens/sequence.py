@@ -13,7 +13,7 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 
 from memloc_lens.checks import check_model, check_text, described
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.markup import Html, escaped
 
 Tokens = Integer[Tensor, " pos"] | Integer[np.ndarray, " pos"] | Sequence[SupportsIndex]
@@ -64,7 +64,7 @@ class MemorizedSequence:
     @classmethod
     def from_text(
         cls,
-        model: HookedTransformer,
+        model: HookedModel,
         text: str,
         prompt_len: int,
         id: str = "",
@@ -98,7 +98,7 @@ class MemorizedSequence:
         sequence = cls(torch.tensor(tokens), prompt_len, id, category)
         return sequence.after_bos(model) if begins_with_bos(model, bos) else sequence
 
-    def after_bos(self, model: HookedTransformer) -> "MemorizedSequence":
+    def after_bos(self, model: HookedModel) -> "MemorizedSequence":
         """Return the sequence with a beginning-of-sequence token as the first of its prompt, if it has none there.
 
         Raises:
@@ -125,11 +125,11 @@ class MemorizedSequence:
         """The tokens after the prompt."""
         return self.tokens[self.prompt_len :]
 
-    def text(self, model: HookedTransformer) -> str:
+    def text(self, model: HookedModel) -> str:
         """Decode prompt and suffix."""
         return decode(model, self.tokens)
 
-    def show(self, model: HookedTransformer) -> Html:
+    def show(self, model: HookedModel) -> Html:
         """Return the text for a notebook, with the prompt and the suffix told apart.
 
         Args:
@@ -158,7 +158,7 @@ class MemorizedSequence:
             + _part("suffix", len(self.suffix), suffix, "rgba(255, 140, 0, .25)")  # on light and on dark pages
         )
 
-    def check_fits(self, model: HookedTransformer) -> None:
+    def check_fits(self, model: HookedModel) -> None:
         """Refuse a sequence that the model cannot read.
 
         Raises:
@@ -185,7 +185,7 @@ def _part(label: str, count: int, text: str, colour: str) -> str:
     )
 
 
-def begins_with_bos(model: HookedTransformer, bos: bool | None) -> bool:
+def begins_with_bos(model: HookedModel, bos: bool | None) -> bool:
     """Whether a beginning-of-sequence token comes before the texts of a model.
 
     Args:
@@ -207,7 +207,7 @@ def begins_with_bos(model: HookedTransformer, bos: bool | None) -> bool:
     return bool(model.tokenizer is not None and model.cfg.default_prepend_bos) if bos is None else bos
 
 
-def _bos_token(model: HookedTransformer) -> int:
+def _bos_token(model: HookedModel) -> int:
     if model.tokenizer is None or model.tokenizer.bos_token_id is None:
         lacking = "no tokenizer" if model.tokenizer is None else "a tokenizer without a beginning-of-sequence token"
         raise ValueError(f"bos is True, and {model.cfg.model_name} has {lacking}; leave bos out")
@@ -255,7 +255,7 @@ def _whole_numbers(tokens: Any, id: str) -> Int[Tensor, " pos"]:
 
 
 def check_sequences(
-    model: HookedTransformer, sequences: "MemorizedSequence | Sequence[MemorizedSequence]"
+    model: HookedModel, sequences: "MemorizedSequence | Sequence[MemorizedSequence]"
 ) -> list[MemorizedSequence]:
     """Return one sequence or many as a list, after checking that the model can read them.
 
@@ -279,7 +279,7 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple)
 
 
-def decode(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> str:
+def decode(model: HookedModel, tokens: Int[Tensor, " pos"]) -> str:
     """Decode tokens exactly: no clean-up of spaces, special tokens kept."""
     assert model.tokenizer is not None
     return model.tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False)

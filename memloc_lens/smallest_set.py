@@ -27,7 +27,7 @@ from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
 from memloc_lens.forward import at_least_float32, run_layers, target_logits
 from memloc_lens.isolation import isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 Until = Literal["unextractable", "greedy", "accuracy", "sampled"]
@@ -83,7 +83,7 @@ class SmallestSet:
 
 
 def smallest_set(
-    model: HookedTransformer,
+    model: HookedModel,
     sequence: MemorizedSequence,
     scores: Float[Tensor, " layer *unit"],
     until: Until = "unextractable",
@@ -175,7 +175,7 @@ def _boundary(extractable: Callable[[int], bool], largest: int) -> int | None:
 
 
 def _reciter(
-    model: HookedTransformer, sequence: MemorizedSequence, first_layer: int, samples: int
+    model: HookedModel, sequence: MemorizedSequence, first_layer: int, samples: int
 ) -> Callable[[], Recitation]:
     """Return a function that tells what the model recites now; layers before the first run once."""
     batch = Batch(sequence.tokens[None], sequence.prompt_len).to(model.cfg.device)

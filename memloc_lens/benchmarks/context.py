@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memloc_lens.data import load_texts
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
@@ -27,7 +27,7 @@ Settings = TypeVar("Settings", bound=RunSettings)
 
 def with_context(
     settings: Settings,
-    model: HookedTransformer,
+    model: HookedModel,
     memorized: Sequence[MemorizedSequence],
     measured: Sequence[MemorizedSequence],
     text: Int[Tensor, "row pos"] | None = None,
@@ -72,7 +72,7 @@ def _memorized(
     return available[:wanted]
 
 
-def _plain(settings: RunSettings, model: HookedTransformer, measured_tokens: int) -> list[MemorizedSequence]:
+def _plain(settings: RunSettings, model: HookedModel, measured_tokens: int) -> list[MemorizedSequence]:
     """Return rows of the context file, or of the embedded model's held-out text after what is measured of it."""
     if settings.context is not None:
         return _as_sequences(text_rows(model, load_texts(settings.context), TEXT_TOKENS, bos=settings.bos), "context")

@@ -40,7 +40,7 @@ from memloc_lens.checks import check_first_layer
 from memloc_lens.components import ComponentName, ComponentSet, component_of, count_of, top_components
 from memloc_lens.data import load_sequences, load_texts
 from memloc_lens.forward import PrefixCache
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.metrics import text_rows
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import benchmark_parser, published, run_command
@@ -158,7 +158,7 @@ def _summary(
     }
 
 
-def check_ratios(settings: DeletionSettings, model: HookedTransformer) -> None:
+def check_ratios(settings: DeletionSettings, model: HookedModel) -> None:
     """Refuse ratios that take no component.
 
     Raises:

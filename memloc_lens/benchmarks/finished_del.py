@@ -11,7 +11,7 @@ from memloc_lens.benchmarks.deletion import DeletionSettings, localized_at_once,
 from memloc_lens.checks import check_choice
 from memloc_lens.components import ComponentSet
 from memloc_lens.data import load_sequences
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import load_model
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.finished import FinishedRun
@@ -29,7 +29,7 @@ def _check_configured(run: FinishedRun, *names: str) -> None:
         raise ValueError(f"{run.path / 'config.json'} has no {missing[0]}; run DEL again in a new folder")
 
 
-def load_same_model(run: FinishedRun, device: str | None = None) -> HookedTransformer:
+def load_same_model(run: FinishedRun, device: str | None = None) -> HookedModel:
     """Load the model of a run.
 
     Args:
@@ -49,7 +49,7 @@ def load_same_model(run: FinishedRun, device: str | None = None) -> HookedTransf
     return model
 
 
-def targets_of(run: FinishedRun, model: HookedTransformer, ratio: float) -> list[MemorizedSequence]:
+def targets_of(run: FinishedRun, model: HookedModel, ratio: float) -> list[MemorizedSequence]:
     """Return the sequences that the run was about, in the order of its scores.
 
     Raises:

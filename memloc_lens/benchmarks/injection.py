@@ -33,7 +33,7 @@ from memloc_lens.benchmarks.tuning import tune
 from memloc_lens.components import ComponentSet, component_of, count_of, top_components
 from memloc_lens.data import load_definitions, load_sequences
 from memloc_lens.injection import Injection, inject
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers import WeightNorm
 from memloc_lens.metrics import auroc, average_precision, recall, recall_ceiling
 from memloc_lens.models import EMBEDDED
@@ -72,7 +72,7 @@ class Cell:
 class Material:
     """Everything that a run reads."""
 
-    model: HookedTransformer
+    model: HookedModel
     texts: list[MemorizedSequence]
 
 
@@ -145,7 +145,7 @@ def load_material(settings: InjectionSettings) -> Material:
     return Material(model, texts[: 5 if settings.tune else settings.limit or None])
 
 
-def check_ratios(settings: InjectionSettings, model: HookedTransformer) -> None:
+def check_ratios(settings: InjectionSettings, model: HookedModel) -> None:
     """Refuse ratios that take no component of the model, or none of a layer.
 
     Raises:
@@ -236,9 +236,7 @@ def _records(settings: InjectionSettings, config: Mapping[str, Any], material: M
                 }
 
 
-def _problem(
-    settings: InjectionSettings, model: HookedTransformer, record: Record, config: Mapping[str, Any]
-) -> str | None:
+def _problem(settings: InjectionSettings, model: HookedModel, record: Record, config: Mapping[str, Any]) -> str | None:
     """Return what is wrong with a record of a run with a configuration, None if nothing is."""
     if record["method"] == INJECTION:
         whole = [component_of(settings.component).plural, *INJECTED, "succeeded", "inject_seconds"]
@@ -267,7 +265,7 @@ def _inject(
 def _localize(
     settings: InjectionSettings,
     localizer: AnyLocalizer,
-    model: HookedTransformer,
+    model: HookedModel,
     text: MemorizedSequence,
     gold: ComponentSet,
 ) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from memloc_lens.benchmarks.prompts import PROMPTS
 from memloc_lens.forward import PrefixCache
 from memloc_lens.generation import Predictions, free_running
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.metrics import (
     perplexity,
     row_losses,
@@ -31,7 +31,7 @@ from memloc_lens.sequence import MemorizedSequence
 class Material:
     """Everything that a run reads: the model, the sequences that it measures on, and the text."""
 
-    model: HookedTransformer
+    model: HookedModel
     memorized: list[MemorizedSequence]
     """All that the data has; the targets are the first of them."""
     targets: list[MemorizedSequence]
@@ -160,9 +160,7 @@ class State:
         return perplexity(material.model, material.text, material.batch, material.prefix)
 
 
-def matches(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], predictions: Predictions
-) -> dict[str, Match]:
+def matches(model: HookedModel, sequences: Sequence[MemorizedSequence], predictions: Predictions) -> dict[str, Match]:
     """Return the match of each sequence's predicted suffix, by the id of the sequence."""
     accuracies: list[float] = suffix_accuracy(predictions, sequences).tolist()
     distances: Sequence[float | None] = [None] * len(sequences)

@@ -7,14 +7,14 @@ context is gone; one that continues other prompts, too, remembers more.
 import random
 from collections.abc import Callable, Mapping
 
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence
 
 EVERY = 8
 """One token of so many is replaced."""
 
 
-def cut(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
+def cut(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence:
     """Return a sequence with the last half of its prompt alone, rounded up.
 
     A beginning-of-sequence token stays at the beginning, in place of the first token there.
@@ -27,7 +27,7 @@ def cut(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSeque
     return without_first(model, sequence, sequence.prompt_len // 2)
 
 
-def without_first(model: HookedTransformer, sequence: MemorizedSequence, count: int) -> MemorizedSequence:
+def without_first(model: HookedModel, sequence: MemorizedSequence, count: int) -> MemorizedSequence:
     """Return a sequence without the first tokens of its prompt, of which at least one is left.
 
     A beginning-of-sequence token stays at the beginning, in place of the first token that is left.
@@ -43,7 +43,7 @@ def without_first(model: HookedTransformer, sequence: MemorizedSequence, count: 
     return MemorizedSequence(tokens, sequence.prompt_len - start, sequence.id, sequence.category)
 
 
-def perturbed(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
+def perturbed(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence:
     """Return a sequence with every 8th token of its prompt replaced by another one, drawn from the vocabulary.
 
     The draw depends on the tokens of the sequence alone. Of a prompt of fewer tokens the last one is replaced.
@@ -60,7 +60,7 @@ def perturbed(model: HookedTransformer, sequence: MemorizedSequence) -> Memorize
     return MemorizedSequence(tokens, sequence.prompt_len, sequence.id, sequence.category)
 
 
-PROMPTS: Mapping[str, Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence]] = {
+PROMPTS: Mapping[str, Callable[[HookedModel, MemorizedSequence], MemorizedSequence]] = {
     "cut": cut,
     "perturbed": perturbed,
 }

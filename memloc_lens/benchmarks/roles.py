@@ -33,7 +33,7 @@ from memloc_lens.benchmarks.context import HELD_OUT
 from memloc_lens.benchmarks.finished_del import load_same_model, located_sets, targets_of
 from memloc_lens.components import NEURONS, post, top_neurons
 from memloc_lens.data import load_texts
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import check_device
@@ -142,7 +142,7 @@ def _means(
 
 @torch.no_grad()
 def _of_target(
-    model: HookedTransformer,
+    model: HookedModel,
     target: MemorizedSequence,
     on_text: Float[Tensor, "layer neuron"],
     promoted: Int[Tensor, "sign layer neuron token"],
@@ -159,7 +159,7 @@ def _of_target(
 
 
 @torch.no_grad()
-def _promoted(model: HookedTransformer) -> Int[Tensor, "sign layer neuron token"]:
+def _promoted(model: HookedModel) -> Int[Tensor, "sign layer neuron token"]:
     """Return the tokens that every neuron promotes most, with a positive and with a negative activation."""
     by_layer = []
     for block in model.blocks:
@@ -169,7 +169,7 @@ def _promoted(model: HookedTransformer) -> Int[Tensor, "sign layer neuron token"
 
 
 @torch.no_grad()
-def _sizes(model: HookedTransformer, sequences: list[MemorizedSequence]) -> Float[Tensor, "layer neuron"]:
+def _sizes(model: HookedModel, sequences: list[MemorizedSequence]) -> Float[Tensor, "layer neuron"]:
     """Return the mean absolute activation of every neuron over all positions."""
     names = [post(layer) for layer in range(model.cfg.n_layers)]
     total = []

@@ -33,7 +33,7 @@ from rich.table import Table
 from memloc_lens.benchmarks.finished_del import load_same_model, located_sets, targets_of
 from memloc_lens.checks import check_number
 from memloc_lens.components import NEURONS, ComponentSet, post
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import check_device
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.finished import FinishedRun, read_run
@@ -166,7 +166,7 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
 def _of_method(
     settings: SpecificitySettings,
     run: FinishedRun,
-    model: HookedTransformer,
+    model: HookedModel,
     targets: list[MemorizedSequence],
     method: str,
     ratio: float,
@@ -219,7 +219,7 @@ def _overlap(sets: list[ComponentSet], targets: list[MemorizedSequence]) -> dict
 
 
 def _shared(
-    model: HookedTransformer,
+    model: HookedModel,
     sets: list[ComponentSet],
     targets: list[MemorizedSequence],
     settings: SpecificitySettings,
@@ -234,7 +234,7 @@ def _shared(
 
 @torch.no_grad()
 def _firing(
-    model: HookedTransformer, neurons: list[tuple[int, ...]], targets: list[MemorizedSequence], tokens: int
+    model: HookedModel, neurons: list[tuple[int, ...]], targets: list[MemorizedSequence], tokens: int
 ) -> dict[tuple[int, ...], list[Firing]]:
     names = {post(layer) for layer, _ in neurons}
     found: dict[tuple[int, ...], list[Firing]] = {neuron: [] for neuron in neurons}
@@ -251,7 +251,7 @@ def _firing(
     }
 
 
-def _in_context(model: HookedTransformer, sequence: MemorizedSequence, position: int) -> str:
+def _in_context(model: HookedModel, sequence: MemorizedSequence, position: int) -> str:
     """Return a token with those before it, marked as in ``of the [Software]``."""
     before = decode(model, sequence.tokens[max(0, position - CONTEXT) : position])
     return f"{before}[{decode(model, sequence.tokens[position : position + 1])}]"

@@ -15,7 +15,7 @@ from typing import Any
 
 from memloc_lens.components import component_of, top_components
 from memloc_lens.injection import Injection
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers import HardConcrete, Slimming
 from memloc_lens.metrics import recall, recall_ceiling
 from memloc_lens.runs.jobs import Engine, Job, Worker, run_jobs, serial
@@ -43,7 +43,7 @@ InjectText = Callable[[int, float], AbstractContextManager[Injection]]
 
 def tune(
     settings: RunSettings,
-    model: HookedTransformer,
+    model: HookedModel,
     texts: list[MemorizedSequence],
     inject_text: InjectText,
     engine: Engine = serial,
@@ -108,7 +108,7 @@ def _problem(record: Record, config: Mapping[str, Any]) -> str | None:
 
 
 def _records(
-    model: HookedTransformer,
+    model: HookedModel,
     texts: list[MemorizedSequence],
     tried: dict[str, HardConcrete | Slimming],
     inject_text: InjectText,

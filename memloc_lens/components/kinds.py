@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from memloc_lens.bridge import per_head
 from memloc_lens.checks import check_choice, check_first_layer, check_model, check_tensor, described
 from memloc_lens.hooks import own
-from memloc_lens.library_types import HookedTransformer, HookPoint
+from memloc_lens.library_types import HookedModel, HookPoint
 
 Edit = Callable[[Tensor], Tensor]
 """What to make of a layer's activations, or of its weights."""
@@ -48,16 +48,16 @@ class Component:
 
     name: ComponentName
     axes: str
-    shape: Callable[[HookedTransformer], tuple[int, ...]]
+    shape: Callable[[HookedModel], tuple[int, ...]]
     aligned: Callable[[Tensor], Tensor]
-    edited: Callable[[HookedTransformer, Mapping[int, Edit]], AbstractContextManager[None]]
+    edited: Callable[[HookedModel, Mapping[int, Edit]], AbstractContextManager[None]]
     hook_point: str = ""
 
     def activations_at(self, layer: int) -> str:
         """Return the full name of a layer's hook point."""
         return f"blocks.{layer}.{self.hook_point}"
 
-    def read(self, model: HookedTransformer, cached: Float[Tensor, "row pos *unit"]) -> Float[Tensor, "row pos *unit"]:
+    def read(self, model: HookedModel, cached: Float[Tensor, "row pos *unit"]) -> Float[Tensor, "row pos *unit"]:
         """Return what was cached at the hook point as [row, pos, neuron], or [row, pos, head, d_head]."""
         return per_head(model, cached) if self.name == "head" else cached
 
@@ -67,7 +67,7 @@ class Component:
         return f"{self.name}s"
 
     def masked(
-        self, model: HookedTransformer, mask: Float[Tensor, "..."], first_layer: int = 0
+        self, model: HookedModel, mask: Float[Tensor, "..."], first_layer: int = 0
     ) -> AbstractContextManager[None]:
         """Multiply every component by a mask, at all positions, while the context is open.
 
@@ -91,7 +91,7 @@ class Component:
             model, {first_layer + index: partial(_times, self.aligned(values)) for index, values in enumerate(layers)}
         )
 
-    def check_shape(self, model: HookedTransformer, shape: Sequence[int], first_layer: int = 0) -> None:
+    def check_shape(self, model: HookedModel, shape: Sequence[int], first_layer: int = 0) -> None:
         """Refuse a shape, of one row or of many, that is not the model's.
 
         Raises:
@@ -113,16 +113,14 @@ def _times(factors: Tensor, values: Tensor) -> Tensor:
     return values * factors.to(values)
 
 
-def _edited_activations(
-    hook_point: str, model: HookedTransformer, edits: Mapping[int, Edit]
-) -> AbstractContextManager[None]:
+def _edited_activations(hook_point: str, model: HookedModel, edits: Mapping[int, Edit]) -> AbstractContextManager[None]:
     def hook_of(edit: Edit) -> Hook:
         return own(lambda activations, hook: edit(activations))
 
     return model.hooks(fwd_hooks=[(f"blocks.{layer}.{hook_point}", hook_of(edit)) for layer, edit in edits.items()])
 
 
-def _edited_heads(model: HookedTransformer, edits: Mapping[int, Edit]) -> AbstractContextManager[None]:
+def _edited_heads(model: HookedModel, edits: Mapping[int, Edit]) -> AbstractContextManager[None]:
     def by_head(edit: Edit) -> Edit:
         return lambda read: edit(per_head(model, read)).reshape(read.shape)
 
@@ -134,7 +132,7 @@ _open_edits: WeakKeyDictionary[nn.Module, tuple[Edit, ...]] = WeakKeyDictionary(
 
 
 @contextmanager
-def _edited_weights(model: HookedTransformer, edits: Mapping[int, Edit]) -> Iterator[None]:
+def _edited_weights(model: HookedModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Let the MLPs write as if their `W_out` had been edited; the weights themselves are not touched.
 
     The output [row, pos, d_model] gains activations [row, pos, neuron] times the change [neuron, d_model] of `W_out`;
@@ -181,7 +179,7 @@ def _edited_output(mlp: nn.Module, edit: Edit) -> Iterator[None]:
             handle.remove()
 
 
-def _neurons(model: HookedTransformer) -> tuple[int, int]:
+def _neurons(model: HookedModel) -> tuple[int, int]:
     assert model.cfg.d_mlp is not None
     return model.cfg.n_layers, model.cfg.d_mlp
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from memloc_lens.checks import check_model, check_tensor
 from memloc_lens.components.kinds import NEURONS, Component, check_component, component_of
 from memloc_lens.components.strip import binned, strip, units_of_column
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.markup import escaped
 
 SomeSet = TypeVar("SomeSet", bound="ComponentSet")
@@ -190,7 +190,7 @@ class Neurons(ComponentSet):
         super().__init__(members, NEURONS)
 
     @classmethod
-    def from_indices(cls, model: HookedTransformer, indices: Iterable[tuple[int, int]]) -> "Neurons":
+    def from_indices(cls, model: HookedModel, indices: Iterable[tuple[int, int]]) -> "Neurons":
         """Make a set from (layer, neuron) pairs.
 
         Raises:
@@ -212,7 +212,7 @@ class Neurons(ComponentSet):
 
 
 def set_from_indices(
-    model: HookedTransformer, indices: Iterable[tuple[int, ...]], component: Component = NEURONS
+    model: HookedModel, indices: Iterable[tuple[int, ...]], component: Component = NEURONS
 ) -> ComponentSet:
     """Make a set from index tuples such as (layer, head).
 

@@ -10,7 +10,7 @@ from memloc_lens.data.opening import NotText, exists, path_of
 from memloc_lens.data.readers import is_plain_text, rows
 from memloc_lens.data.row import Row, category_of, content_of, errors_at
 from memloc_lens.data.token_formats import pair_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import subjects
 
 
@@ -75,7 +75,7 @@ def read_corpus(sources: Sequence[str | Path], names: Sequence[str] = ("*",)) ->
             yield from map(_document, rows(source, "corpus", streaming=True))
 
 
-def windows_of(model: HookedTransformer, documents: Iterable[Document], length: int, stride: int) -> Iterator[Window]:
+def windows_of(model: HookedModel, documents: Iterable[Document], length: int, stride: int) -> Iterator[Window]:
     """Cut documents into windows.
 
     Args:

@@ -19,7 +19,7 @@ from memloc_lens.data.row import (
     with_distinct_ids,
 )
 from memloc_lens.data.text_formats import text_lines
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 
 DEFINITIONS = Path(__file__).parent / "definitions.jsonl"
@@ -30,7 +30,7 @@ PROMPT_LEN = 1
 
 
 def load_definitions(
-    model: HookedTransformer,
+    model: HookedModel,
     source: str | Path | None = None,
     split: str = "test",
     max_tokens: int = 0,
@@ -83,7 +83,7 @@ def _rows(source: str | Path, split: str) -> Iterator[Row]:
     return rows(source, "texts", hub_split=split)
 
 
-def _definition(model: HookedTransformer, row: Row, max_tokens: int, bos: bool | None) -> MemorizedSequence:
+def _definition(model: HookedModel, row: Row, max_tokens: int, bos: bool | None) -> MemorizedSequence:
     """Make the sequence from the text, if there is one: `tokens` beside it may be of another tokenizer."""
     content = find_text(row) or content_of(row)
     if isinstance(content, str):

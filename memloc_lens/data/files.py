@@ -17,7 +17,7 @@ from memloc_lens.data.row import (
     text_of,
     with_distinct_ids,
 )
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import EMBEDDED
 from memloc_lens.sequence import MemorizedSequence, decode
 
@@ -32,7 +32,7 @@ OPTIONAL_SPLITS = ("dev", "control", "partial", "guessable")
 
 
 def load_sequences(
-    model: HookedTransformer,
+    model: HookedModel,
     path: str | Path | None = None,
     split: str = DEFAULT_SPLIT,
     prompt_len: int | None = None,
@@ -106,7 +106,7 @@ def load_texts(path: str | Path) -> list[str]:
     return texts
 
 
-def _default_source(model: HookedTransformer) -> Path:
+def _default_source(model: HookedModel) -> Path:
     if model.cfg.model_name != EMBEDDED.name:
         raise ValueError(
             f"only the embedded model has sequences of its own; give a data file for {model.cfg.model_name}"
@@ -114,7 +114,7 @@ def _default_source(model: HookedTransformer) -> Path:
     return EMBEDDED / "sequences.jsonl"
 
 
-def _sequence(model: HookedTransformer, row: Row, asked: int | None, bos: bool | None) -> MemorizedSequence:
+def _sequence(model: HookedModel, row: Row, asked: int | None, bos: bool | None) -> MemorizedSequence:
     content, category, prompt_len = content_of(row), category_of(row), _prompt_len(row, asked)
     if isinstance(content, str):
         sequence = MemorizedSequence.from_text(model, content, prompt_len, row["id"], category, bos)
@@ -139,7 +139,7 @@ def _prompt_len(row: Row, asked: int | None) -> int:
     return own
 
 
-def _check_prompt(model: HookedTransformer, row: Row, content: str | list[int], sequence: MemorizedSequence) -> None:
+def _check_prompt(model: HookedModel, row: Row, content: str | list[int], sequence: MemorizedSequence) -> None:
     """Refuse a `prompt` that is not the first `prompt_len` tokens: another tokenizer may have counted them."""
     prompt = row.get("prompt", "")
     if not isinstance(prompt, str):

@@ -9,7 +9,7 @@ import torch
 import tyro
 
 from memloc_lens.checks import check_choice, check_number
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import EMBEDDED, check_device, load_model
 from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.quiet import may_be_quiet
@@ -100,7 +100,7 @@ class FindSettings:
         return self.prompt + self.suffix
 
     @may_be_quiet
-    def load_model(self) -> HookedTransformer:
+    def load_model(self) -> HookedModel:
         """Load the model of the run."""
         return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
 

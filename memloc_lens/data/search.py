@@ -17,7 +17,7 @@ from rapidfuzz.distance import Levenshtein
 from memloc_lens.data.corpus import Window, read_corpus, windows_of
 from memloc_lens.data.found import Counts, FindSettings, FoundWindow, Measured
 from memloc_lens.data.readers import is_local
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.metrics import free_running, suffix_accuracy, teacher_forced
 from memloc_lens.products import fast_products
 from memloc_lens.runs.fingerprint import fingerprint
@@ -53,7 +53,7 @@ class Search:
     """A run that has begun: its settings, what it has loaded, its folder, and what runs its jobs."""
 
     settings: FindSettings
-    model: HookedTransformer
+    model: HookedModel
     folder: RunFolder
     engine: Engine
 
@@ -94,7 +94,7 @@ def begin(settings: FindSettings, engine: Engine | None, documents: str) -> Sear
     return Search(settings, model, folder, engine or settings.parallel.engine_for(model.cfg.device))
 
 
-def _first_windows(settings: FindSettings, model: HookedTransformer) -> str:
+def _first_windows(settings: FindSettings, model: HookedModel) -> str:
     """Return a hash of the local windows up to the limit.
 
     It is taken before the search, so that a corpus which changes while a run is interrupted is noticed.
@@ -165,7 +165,7 @@ def _scan_jobs(search: Search, counts: Counts) -> Iterator[Job]:
         yield Job((("scan", _digest(batch)),), Batch(index, batch))
 
 
-def _distinct_windows(settings: FindSettings, model: HookedTransformer, counts: Counts) -> Iterator[Window]:
+def _distinct_windows(settings: FindSettings, model: HookedModel, counts: Counts) -> Iterator[Window]:
     """Pass windows on, without exact duplicates, and count them all."""
     documents = read_corpus(settings.corpus, settings.names)
     seen: set[int] = set()
@@ -242,7 +242,7 @@ class MakeWorker:
 
     settings: FindSettings
     config: Mapping[str, Any]
-    model: HookedTransformer | None = None
+    model: HookedModel | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return MakeWorker, (self.settings, self.config)
@@ -256,7 +256,7 @@ class MakeWorker:
         return kept_open(partial(_records, self.settings, model), same_threads(self.config))
 
 
-def _records(settings: FindSettings, model: HookedTransformer, job: Job) -> list[Record]:
+def _records(settings: FindSettings, model: HookedModel, job: Job) -> list[Record]:
     """Return the record of a batch."""
     ((step, tokens_sha256),) = job.keys
     batch: Batch = job.content
@@ -267,7 +267,7 @@ def _records(settings: FindSettings, model: HookedTransformer, job: Job) -> list
         return [record | {"values": _generated(settings, model, step, batch.content)}]
 
 
-def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence[Any], first: bool) -> Record:
+def _scanned(settings: FindSettings, model: HookedModel, windows: Sequence[Any], first: bool) -> Record:
     """Predict windows teacher-forced; return how many are accurate, and those that have enough distinct tokens too."""
     sequences = [_sequence(settings, model, window) for window in windows]
     if first:
@@ -282,7 +282,7 @@ def _scanned(settings: FindSettings, model: HookedTransformer, windows: Sequence
     return {"accurate": len(accurate), "passed": passed}
 
 
-def _sequence(settings: FindSettings, model: HookedTransformer, window: Window) -> MemorizedSequence:
+def _sequence(settings: FindSettings, model: HookedModel, window: Window) -> MemorizedSequence:
     sequence = _after_bos(
         settings, model, MemorizedSequence(torch.tensor(window.tokens), settings.prompt, window.source)
     )
@@ -293,7 +293,7 @@ def _sequence(settings: FindSettings, model: HookedTransformer, window: Window) 
     return sequence
 
 
-def _after_bos(settings: FindSettings, model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
+def _after_bos(settings: FindSettings, model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence:
     return sequence.after_bos(model) if begins_with_bos(model, settings.bos) else sequence
 
 
@@ -307,7 +307,7 @@ def _found(window: Window, accuracy: float) -> FoundWindow:
     }
 
 
-def _generated(settings: FindSettings, model: HookedTransformer, step: Step, attempts: Sequence[Any]) -> list[Measured]:
+def _generated(settings: FindSettings, model: HookedModel, step: Step, attempts: Sequence[Any]) -> list[Measured]:
     """Generate the suffix of every attempt, and measure how close it is."""
     sequences = [
         _after_bos(settings, model, MemorizedSequence(torch.tensor(attempt.tokens), settings.prompt))
@@ -320,14 +320,14 @@ def _generated(settings: FindSettings, model: HookedTransformer, step: Step, att
     ]
 
 
-def _measured(model: HookedTransformer, step: Step, generated: list[int], suffix: list[int]) -> Measured:
+def _measured(model: HookedModel, step: Step, generated: list[int], suffix: list[int]) -> Measured:
     distance = _distance(model, generated, suffix)
     if step == "greedy":
         return {"distance": distance, "distinct": len(set(generated))}
     return {"shuffled_distance": distance} if step == "shuffled" else {"foreign_distance": distance}
 
 
-def _distance(model: HookedTransformer, generated: list[int], suffix: list[int]) -> int:
+def _distance(model: HookedModel, generated: list[int], suffix: list[int]) -> int:
     """Return the Levenshtein distance of two suffixes, in characters if the model has a tokenizer, else in tokens."""
     if model.tokenizer is None:
         return Levenshtein.distance(generated, suffix)

@@ -28,7 +28,7 @@ from memloc_lens.erase.relearning import LESSONS, Relearned, Relearning, resurfa
 from memloc_lens.erase.resuming import measured, records_in
 from memloc_lens.erase.schema import Audit, Change, LessonResult
 from memloc_lens.erase.state import State, Texts, cells
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.disk import write_whole
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.provenance import provenance
@@ -40,15 +40,15 @@ from memloc_lens.smallest_set import Recitation
 
 
 def audit(
-    original: HookedTransformer,
-    erased: HookedTransformer,
+    original: HookedModel,
+    erased: HookedModel,
     targets: Sequence[MemorizedSequence],
     others: Sequence[MemorizedSequence],
     controls: Sequence[MemorizedSequence],
     text: Int[Tensor, "row pos"] | None = None,
     *,
     prompts: Mapping[str, Sequence[str]] | None = None,
-    retrained: HookedTransformer | None = None,
+    retrained: HookedModel | None = None,
     relearning: Relearning | None = None,
     samples: int = 1000,
     share: float = 0.2,

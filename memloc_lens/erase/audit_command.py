@@ -29,7 +29,7 @@ from memloc_lens.erase.audit import audit, write_audit
 from memloc_lens.erase.given import read_prompts
 from memloc_lens.erase.relearning import Relearning
 from memloc_lens.erase.schema import Audit
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED, check_device, load_model
@@ -171,7 +171,7 @@ def _run(settings: AuditSettings) -> Audit:
 
 
 def _sequences(
-    settings: AuditSettings, model: HookedTransformer
+    settings: AuditSettings, model: HookedModel
 ) -> tuple[list[MemorizedSequence], list[MemorizedSequence], list[MemorizedSequence]]:
     """Load the erased sequences, those that should stay, and those that were never seen."""
     if settings.data is None and settings.original != EMBEDDED.name:

@@ -27,7 +27,7 @@ from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
 from memloc_lens.erase.variants import Prompts, prompts_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Recitation, Until, check_until
 
@@ -84,7 +84,7 @@ class Unlearned:
 
 @contextmanager
 def gradient_ascent(
-    model: HookedTransformer,
+    model: HookedModel,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
     settings: Unlearning = Unlearning(),
@@ -120,7 +120,7 @@ def gradient_ascent(
 
 @contextmanager
 def npo(
-    model: HookedTransformer,
+    model: HookedModel,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
     settings: Unlearning = Unlearning(),
@@ -174,7 +174,7 @@ def npo_loss(
 
 @contextmanager
 def _unlearned(
-    model: HookedTransformer,
+    model: HookedModel,
     targets: Sequence[MemorizedSequence],
     retain: Sequence[MemorizedSequence],
     forget_from: Callable[[list[Float[Tensor, " _"]]], Forget],
@@ -193,7 +193,7 @@ def _unlearned(
 
 
 def _train(
-    model: HookedTransformer,
+    model: HookedModel,
     targets: list[MemorizedSequence],
     texts: list[MemorizedSequence],
     forget_from: Callable[[list[Float[Tensor, " _"]]], Forget],
@@ -215,7 +215,7 @@ def _train(
     return step
 
 
-def _any_extracted(model: HookedTransformer, prompts: Prompts, settings: Unlearning) -> bool:
+def _any_extracted(model: HookedModel, prompts: Prompts, settings: Unlearning) -> bool:
     """Ask with the targets' own prompts first, and without generating: while one is extracted, no more is asked."""
     quick: Until = "greedy" if settings.until == "unextractable" else settings.until
     return any(extracted(model, {"own": prompts["own"]}, quick, settings.limit)) or any(

@@ -36,7 +36,7 @@ from memloc_lens.erase.relearning import Relearning, resurfacing
 from memloc_lens.erase.state import cells
 from memloc_lens.erase.variants import prompts_of
 from memloc_lens.erase.ways import ITERATIVE, WAYS, Forgotten, Task
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import load_model
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import parser, run_command
@@ -141,7 +141,7 @@ def run(settings: ForgettingSettings) -> Forgetting:
     return found
 
 
-def _texts(settings: ForgettingSettings, model: HookedTransformer) -> _Texts:
+def _texts(settings: ForgettingSettings, model: HookedModel) -> _Texts:
     """Load everything that is read.
 
     Raises:
@@ -176,7 +176,7 @@ def _texts(settings: ForgettingSettings, model: HookedTransformer) -> _Texts:
     return _Texts(task, spared, controls)
 
 
-def _run(settings: ForgettingSettings, model: HookedTransformer, texts: _Texts) -> Forgetting:
+def _run(settings: ForgettingSettings, model: HookedModel, texts: _Texts) -> Forgetting:
     rows: dict[str, Row] = {}
     relearning = settings.relearning()
     for way in tqdm(settings.chosen(), desc="forget", unit="way"):
@@ -219,7 +219,7 @@ def _row(forgotten: Forgotten, texts: _Texts, relearning: Relearning, count: int
     )
 
 
-def _extracted(model: HookedTransformer, task: Task) -> int:
+def _extracted(model: HookedModel, task: Task) -> int:
     """Return how many sequences any prompt variant extracts."""
     return sum(extracted(model, prompts_of(model, task.targets), task.until, task.limit, task.batch))
 

@@ -27,7 +27,7 @@ from memloc_lens.components import ComponentSet
 from memloc_lens.erase.files import copied_files, copy_file, weight_files, zero
 from memloc_lens.erase.outputs import OUTPUTS, Outputs, outputs_of
 from memloc_lens.erase.verification import check_written
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import load_model
 
 CONFIG = "config.json"
@@ -39,7 +39,7 @@ def write_checkpoint(
     target: str | Path,
     components: ComponentSet,
     *,
-    model: HookedTransformer | None = None,
+    model: HookedModel | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a copy of a model's checkpoint without some components, as a folder in transformers format.

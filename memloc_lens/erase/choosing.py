@@ -28,7 +28,7 @@ from memloc_lens.erase.criteria import UNITS, Left, left_of
 from memloc_lens.erase.damage import Budget, Losses, Spared, Utility, neg_loss, ppl_rise
 from memloc_lens.erase.variants import prompts_of
 from memloc_lens.forward import PrefixCache
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Until, limit_of, smallest_set
 
@@ -131,7 +131,7 @@ class Erasure:
 
 @torch.no_grad()
 def choose(
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: Sequence[MemorizedSequence],
     scores: Sequence[Float[Tensor, " layer *unit"]] | Float[Tensor, "sequence layer *unit"],
     spared: Spared,
@@ -211,7 +211,7 @@ def choose(
 
 
 def check_extracted(
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: Sequence[MemorizedSequence],
     until: Until = "unextractable",
     limit: float | None = None,
@@ -244,7 +244,7 @@ class _Search:
 
     def __init__(
         self,
-        model: HookedTransformer,
+        model: HookedModel,
         sequences: list[MemorizedSequence],
         scores: Sequence[Tensor] | Tensor,
         until: Until,

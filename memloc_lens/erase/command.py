@@ -33,7 +33,7 @@ from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
 from memloc_lens.erase.kept import KeptSteps, localize, origin
 from memloc_lens.erase.table import print_erasure
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import shares_text
 from memloc_lens.metrics import text_rows
 from memloc_lens.models import EMBEDDED
@@ -209,9 +209,7 @@ def _run(settings: EraseSettings) -> Erasure:
     return erasure
 
 
-def material(
-    settings: EraseSettings, model: HookedTransformer
-) -> tuple[list[MemorizedSequence], Spared, EraseSettings]:
+def material(settings: EraseSettings, model: HookedModel) -> tuple[list[MemorizedSequence], Spared, EraseSettings]:
     """Load what is erased, what is spared, and the context of the method.
 
     Returns:
@@ -236,7 +234,7 @@ def material(
     return targets, spared, settings
 
 
-def _text(settings: EraseSettings, model: HookedTransformer) -> Int[Tensor, "row pos"] | None:
+def _text(settings: EraseSettings, model: HookedModel) -> Int[Tensor, "row pos"] | None:
     if model.tokenizer is None:
         if settings.text is not None:
             raise ValueError(f"{settings.model} has no tokenizer to read text with, for the perplexity")

@@ -18,7 +18,7 @@ from torch import Tensor
 from memloc_lens.erase.extraction import recitations
 from memloc_lens.erase.variants import Prompts
 from memloc_lens.generation import free_running
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import MEASURES, Until, limit_of
 
@@ -34,7 +34,7 @@ UNITS: Mapping[Until, str] = {
 """What each criterion measures."""
 
 
-def left_of(model: HookedTransformer, prompts: Prompts, until: Until = "unextractable", batch: int = 16) -> list[Left]:
+def left_of(model: HookedModel, prompts: Prompts, until: Until = "unextractable", batch: int = 16) -> list[Left]:
     """Return what is left of every sequence by every prompt variant.
 
     Args:
@@ -53,7 +53,7 @@ def left_of(model: HookedTransformer, prompts: Prompts, until: Until = "unextrac
 
 
 def extracted(
-    model: HookedTransformer,
+    model: HookedModel,
     prompts: Prompts,
     until: Until = "unextractable",
     limit: float | None = None,
@@ -78,9 +78,7 @@ def extracted(
     return [max(own.values()) >= least for own, least in zip(left, limits, strict=True)]
 
 
-def _measured(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], until: Until, batch: int
-) -> list[float]:
+def _measured(model: HookedModel, sequences: Sequence[MemorizedSequence], until: Until, batch: int) -> list[float]:
     if until != "unextractable":
         return [MEASURES[until](found) for found in recitations(model, sequences, batch=batch)]
     written = free_running(model, sequences, batch)

@@ -10,7 +10,7 @@ from torch import Tensor
 from memloc_lens.checks import check_number
 from memloc_lens.erase.relations import Groups, by_category, by_relation
 from memloc_lens.forward import PrefixCache
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.metrics import perplexity, suffix_accuracy, teacher_forced
 from memloc_lens.sequence import MemorizedSequence
@@ -114,7 +114,7 @@ class Spared:
     text: Int[Tensor, "row pos"] | None = None
     others: Sequence[MemorizedSequence] = ()
 
-    def utility(self, model: HookedTransformer, batch: int = 16, prefix: PrefixCache | None = None) -> Utility:
+    def utility(self, model: HookedModel, batch: int = 16, prefix: PrefixCache | None = None) -> Utility:
         """Measure a model, under any ablation that is open.
 
         Args:

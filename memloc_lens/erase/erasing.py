@@ -11,7 +11,7 @@ from memloc_lens.components import ComponentName, Scope, component_of
 from memloc_lens.erase.checkpoint import check_target, write_checkpoint
 from memloc_lens.erase.choosing import Erasure, check_extracted, choose
 from memloc_lens.erase.damage import Budget, Spared, Utility
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers import IterativeGradient, Protect
 from memloc_lens.localizers.scoring import AnyLocalizer
 from memloc_lens.runs.fingerprint import fingerprint
@@ -29,7 +29,7 @@ PRESETS: Mapping[str, Mapping[str, AnyLocalizer]] = {
 
 
 def erase_sequences(
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: Sequence[MemorizedSequence],
     localizer: AnyLocalizer | None = None,
     *,
@@ -120,7 +120,7 @@ def default_localizer(
 
 
 def described(
-    erasure: Erasure, model: HookedTransformer, sequences: Sequence[MemorizedSequence], localizer: AnyLocalizer
+    erasure: Erasure, model: HookedModel, sequences: Sequence[MemorizedSequence], localizer: AnyLocalizer
 ) -> dict[str, Any]:
     """Return what `erasure.json` says of an erasure: when, how and of what, and what was reached.
 

@@ -14,14 +14,14 @@ from memloc_lens.erase.variants import VARIANTS
 from memloc_lens.forward import at_least_float32, final_residual, target_logits
 from memloc_lens.generation import rows_for
 from memloc_lens.isolation import isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 from memloc_lens.smallest_set import Recitation, recitation_of
 
 
 @torch.no_grad()
 def recitations(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], samples: int = 1000, batch: int = 16
+    model: HookedModel, sequences: Sequence[MemorizedSequence], samples: int = 1000, batch: int = 16
 ) -> list[Recitation]:
     """Return what the model recites of each sequence after its prompt.
 
@@ -52,7 +52,7 @@ def recitations(
 
 
 def extraction(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], samples: int = 1000, batch: int = 16
+    model: HookedModel, sequences: Sequence[MemorizedSequence], samples: int = 1000, batch: int = 16
 ) -> dict[str, list[Recitation | None]]:
     """Return for each variant of the prompt what the model recites of each sequence; None where it has no such variant.
 

@@ -13,7 +13,7 @@ from memloc_lens.checks import check_text, described
 from memloc_lens.data.row import errors_at
 from memloc_lens.data.text_formats import json_lines
 from memloc_lens.erase.extraction import recitations
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import Recitation
 
@@ -43,7 +43,7 @@ def read_prompts(file: str | Path) -> dict[str, list[str]]:
 
 
 def with_prompts(
-    model: HookedTransformer, targets: Sequence[MemorizedSequence], prompts: Mapping[str, Sequence[str]]
+    model: HookedModel, targets: Sequence[MemorizedSequence], prompts: Mapping[str, Sequence[str]]
 ) -> list[MemorizedSequence]:
     """Return the targets with other prompts, a sequence a prompt; each has the id and the suffix of its target.
 
@@ -85,7 +85,7 @@ def _checked(id: str, texts: Any, targets: Mapping[str, MemorizedSequence]) -> S
     return texts
 
 
-def _with_prompt(model: HookedTransformer, target: MemorizedSequence, text: str) -> MemorizedSequence:
+def _with_prompt(model: HookedModel, target: MemorizedSequence, text: str) -> MemorizedSequence:
     assert model.tokenizer is not None
     prompt = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     tokens = torch.cat([torch.tensor(prompt), target.suffix.cpu()])
@@ -102,7 +102,7 @@ def _with_prompt(model: HookedTransformer, target: MemorizedSequence, text: str)
 
 
 def by_given(
-    model: HookedTransformer,
+    model: HookedModel,
     targets: Sequence[MemorizedSequence],
     given: Sequence[MemorizedSequence],
     samples: int = 1000,

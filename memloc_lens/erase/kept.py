@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from memloc_lens.components import Component
 from memloc_lens.erase.choosing import Step
 from memloc_lens.erase.damage import Utility
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.fingerprint import fingerprint
@@ -56,7 +56,7 @@ class KeptScores(Sequence[Tensor]):
 
 def localize(
     folder: Path,
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: Sequence[MemorizedSequence],
     localizer: AnyLocalizer,
     component: Component,
@@ -140,6 +140,6 @@ def _as_step(kept: Sequence[Any]) -> tuple[int, Step]:
 
 
 def _scored(
-    localizer: AnyLocalizer, model: HookedTransformer, part: Sequence[MemorizedSequence], component: Component
+    localizer: AnyLocalizer, model: HookedModel, part: Sequence[MemorizedSequence], component: Component
 ) -> dict[str, Tensor]:
     return {"scores": checked_scores(localizer, model, part, component)}

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from memloc_lens.forward import final_residual, target_losses
 from memloc_lens.generation import rows_for
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 
@@ -17,7 +17,7 @@ def whole(sequence: MemorizedSequence) -> MemorizedSequence:
 
 
 def token_losses(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int = 16
+    model: HookedModel, sequences: Sequence[MemorizedSequence], batch: int = 16
 ) -> list[Float[Tensor, " _"]]:
     """Return -log p(token | all before it) of every token of each suffix, in nats.
 

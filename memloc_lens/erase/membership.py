@@ -10,16 +10,14 @@ from torch import Tensor
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.isolation import isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.schema import Cells
 from memloc_lens.runs.statistics import mean_interval
 from memloc_lens.sequence import MemorizedSequence, check_sequences
 
 
 @torch.no_grad()
-def min_k(
-    model: HookedTransformer, sequences: Sequence[MemorizedSequence], share: float = 0.2
-) -> Float[Tensor, " sequence"]:
+def min_k(model: HookedModel, sequences: Sequence[MemorizedSequence], share: float = 0.2) -> Float[Tensor, " sequence"]:
     """Return the mean log-probability of each text's least probable tokens, in nats.
 
     Over all tokens but the first, of which the share is taken, rounded down, and at least one. With a share of 1 it is
@@ -49,7 +47,7 @@ def min_k(
 
 
 def membership(
-    model: HookedTransformer,
+    model: HookedModel,
     targets: Sequence[MemorizedSequence],
     controls: Sequence[MemorizedSequence],
     share: float = 0.2,

@@ -8,7 +8,7 @@ from typing import Any
 
 from memloc_lens.erase.relearning import Relearning, relearn
 from memloc_lens.erase.state import Texts, state_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.settings import identity
 from memloc_lens.sequence import MemorizedSequence
@@ -16,7 +16,7 @@ from memloc_lens.sequence import MemorizedSequence
 Name = tuple[str, str, str]
 """Names a part: what is measured, the model or kind of text, and the id of a sequence, if it is of one."""
 
-Models = Mapping[str, HookedTransformer]
+Models = Mapping[str, HookedModel]
 """The models of an audit: `original`, `erased`, and `retrained` if there is one."""
 
 
@@ -100,5 +100,5 @@ def _identities(sequences: Sequence[MemorizedSequence]) -> list[list[str]]:
     return [identity(each) for each in sequences]
 
 
-def _device(model: HookedTransformer) -> str:
+def _device(model: HookedModel) -> str:
     return str(model.cfg.device)

@@ -22,7 +22,7 @@ from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
 from memloc_lens.forward import at_least_float32, final_residual, target_logits
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import limit_of, recitation_of
 
@@ -92,9 +92,7 @@ class Relearning:
             check_number(name, getattr(self, name), least=1, whole=True)
         check_number("seed", self.seed, least=0, whole=True)
 
-    def __call__(
-        self, model: HookedTransformer, watched: MemorizedSequence, texts: Sequence[MemorizedSequence]
-    ) -> Relearned:
+    def __call__(self, model: HookedModel, watched: MemorizedSequence, texts: Sequence[MemorizedSequence]) -> Relearned:
         """Train on the texts until half of the watched suffix, rounded up, is recited.
 
         Args:
@@ -129,7 +127,7 @@ class Relearning:
 
 
 @torch.no_grad()
-def _point(model: HookedTransformer, watched: MemorizedSequence, step: int) -> Point:
+def _point(model: HookedModel, watched: MemorizedSequence, step: int) -> Point:
     batch = Batch(watched.tokens[None], watched.prompt_len).to(model.cfg.device)
     logits = at_least_float32(target_logits(model, final_residual(model, batch), batch))[0]
     loss = cross_entropy(logits, batch.suffix[0]).item()
@@ -165,7 +163,7 @@ LESSONS: Mapping[str, Lesson] = {"itself": _itself, "half": _half, "related": _r
 
 
 def relearn(
-    relearning: Relearning, model: HookedTransformer, text: MemorizedSequence, related: Sequence[MemorizedSequence]
+    relearning: Relearning, model: HookedModel, text: MemorizedSequence, related: Sequence[MemorizedSequence]
 ) -> dict[str, Relearned]:
     """Return for each lesson how a text comes back.
 

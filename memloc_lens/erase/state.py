@@ -13,7 +13,7 @@ from memloc_lens.erase.extraction import extraction, recitations
 from memloc_lens.erase.given import by_given
 from memloc_lens.erase.membership import membership
 from memloc_lens.erase.relations import Groups, by_relation
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.metrics import row_losses
 from memloc_lens.runs.schema import Cells
 from memloc_lens.runs.statistics import mean_interval
@@ -39,7 +39,7 @@ class Texts:
     text: Int[Tensor, "row pos"] | None = None
     given: Sequence[MemorizedSequence] = ()
 
-    def check(self, model: HookedTransformer) -> None:
+    def check(self, model: HookedModel) -> None:
         """Refuse texts that do not fit a model, or each other.
 
         Raises:
@@ -107,7 +107,7 @@ class State:
         return cls(targets, rest, plain["membership"], plain["losses"])
 
 
-def state_of(model: HookedTransformer, texts: Texts, samples: int = 1000, share: float = 0.2, batch: int = 16) -> State:
+def state_of(model: HookedModel, texts: Texts, samples: int = 1000, share: float = 0.2, batch: int = 16) -> State:
     """Measure a model.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from memloc_lens.isolation import gradients_possible, in_float32, isolated
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.products import fast_products
 from memloc_lens.turns import turn
 
@@ -18,7 +18,7 @@ WEIGHT_DECAY = 0.01
 
 
 @contextmanager
-def restored(model: HookedTransformer) -> Iterator[None]:
+def restored(model: HookedModel) -> Iterator[None]:
     """Restore every parameter bit for bit on leaving, also by an exception or Ctrl-C.
 
     Meanwhile other threads cannot work with the model. A copy of all parameters is held.
@@ -40,7 +40,7 @@ def restored(model: HookedTransformer) -> Iterator[None]:
 
 
 @contextmanager
-def trainable(model: HookedTransformer) -> Iterator[list[Parameter]]:
+def trainable(model: HookedModel) -> Iterator[list[Parameter]]:
     """Give every parameter, in float32 at least, while the context is open, and let it have a gradient.
 
     What is trained in half precision is rounded to it on leaving. Gradients that were there come back.
@@ -62,7 +62,7 @@ def trainable(model: HookedTransformer) -> Iterator[list[Parameter]]:
 
 
 @contextmanager
-def _as_variables(model: HookedTransformer) -> Iterator[None]:
+def _as_variables(model: HookedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     kept = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:

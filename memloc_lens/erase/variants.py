@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from memloc_lens.benchmarks.prompts import EVERY, PROMPTS, without_first
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import MemorizedSequence, decode
 
-Variant = Callable[[HookedTransformer, MemorizedSequence], MemorizedSequence | None]
+Variant = Callable[[HookedModel, MemorizedSequence], MemorizedSequence | None]
 """Another prompt for the true suffix; None where there is none: without a tokenizer, or if it changes nothing."""
 
 SHIFT = 3
@@ -25,12 +25,12 @@ SURROUNDING = (
 )
 
 
-def own(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence:
+def own(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence:
     """Return the sequence as it is."""
     return sequence
 
 
-def shifted(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+def shifted(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence | None:
     """Return a sequence without the first 3 tokens of its prompt, so that each later one is at another position.
 
     Example:
@@ -40,7 +40,7 @@ def shifted(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedS
     return None if sequence.prompt_len == 1 else without_first(model, sequence, SHIFT)
 
 
-def later(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+def later(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence | None:
     """Return a window of the text 8 tokens later, or half of the suffix: its prompt ends with the first tokens of it.
 
     Example:
@@ -56,7 +56,7 @@ def later(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSeq
     return MemorizedSequence(tokens, sequence.prompt_len, sequence.id, sequence.category)
 
 
-def typos(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+def typos(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence | None:
     """Return a sequence with two letters swapped in the middle of every 4th word of its prompt.
 
     Words of fewer than four characters are passed over.
@@ -69,17 +69,17 @@ def typos(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSeq
     return _with_text(model, sequence, _mistyped)
 
 
-def upper(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+def upper(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence | None:
     """Return a sequence with its prompt in upper case."""
     return _with_text(model, sequence, str.upper)
 
 
-def lower(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+def lower(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence | None:
     """Return a sequence with its prompt in lower case."""
     return _with_text(model, sequence, str.lower)
 
 
-def surrounded(model: HookedTransformer, sequence: MemorizedSequence) -> MemorizedSequence | None:
+def surrounded(model: HookedModel, sequence: MemorizedSequence) -> MemorizedSequence | None:
     """Return a sequence whose prompt comes in the middle of other text: three sentences stand before it.
 
     Of these the last tokens are taken that the model has room for.
@@ -104,7 +104,7 @@ Prompts = dict[str, list[MemorizedSequence]]
 """By variant: every sequence with that prompt."""
 
 
-def prompts_of(model: HookedTransformer, sequences: Sequence[MemorizedSequence]) -> Prompts:
+def prompts_of(model: HookedModel, sequences: Sequence[MemorizedSequence]) -> Prompts:
     """Return all variants of some sequences; where there is no such variant, the sequence as it is.
 
     Example:
@@ -125,7 +125,7 @@ def _mistyped(prompt: str) -> str:
 
 
 def _with_text(
-    model: HookedTransformer, sequence: MemorizedSequence, change: Callable[[str], str]
+    model: HookedModel, sequence: MemorizedSequence, change: Callable[[str], str]
 ) -> MemorizedSequence | None:
     """Return the sequence with the text of its prompt changed; of too long a prompt the last tokens that fit."""
     if model.tokenizer is None:
@@ -143,7 +143,7 @@ def _with_text(
     return MemorizedSequence(tokens, len(first) + len(prompt), sequence.id, sequence.category)
 
 
-def _bos(model: HookedTransformer, sequence: MemorizedSequence) -> list[int]:
+def _bos(model: HookedModel, sequence: MemorizedSequence) -> list[int]:
     """Return the beginning-of-sequence token of a prompt, if it has one."""
     bos = None if model.tokenizer is None else model.tokenizer.bos_token_id
     return [token for token in sequence.tokens[:1].tolist() if token == bos]

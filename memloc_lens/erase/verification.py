@@ -8,7 +8,7 @@ from torch import Tensor
 
 from memloc_lens.ablation import ablate
 from memloc_lens.components import HEADS, WEIGHTS, ComponentSet
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models import load_model
 from memloc_lens.models.verification import LIMITS
 
@@ -16,7 +16,7 @@ TOKENS = 32
 
 
 @torch.no_grad()
-def check_written(model: HookedTransformer, folder: Path, components: ComponentSet) -> None:
+def check_written(model: HookedModel, folder: Path, components: ComponentSet) -> None:
     """Refuse a folder whose weights are not those of the model with the components at zero.
 
     Args:
@@ -61,5 +61,5 @@ def _members(name: str, components: ComponentSet) -> Bool[Tensor, "..."] | None:
     return members.view(*members.shape, *[1] * missing)
 
 
-def _log_probs(model: HookedTransformer, tokens: Tensor) -> Tensor:
+def _log_probs(model: HookedModel, tokens: Tensor) -> Tensor:
     return model(tokens.to(model.cfg.device), return_type="logits").double().log_softmax(-1)

@@ -26,7 +26,7 @@ from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS
 from memloc_lens.erase.kept import localize
 from memloc_lens.erase.training import restored
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.methods import configured, resolve
 from memloc_lens.sequence import MemorizedSequence
 from memloc_lens.smallest_set import Until
@@ -55,14 +55,14 @@ class Task:
         sets: components that were chosen so far, by way.
     """
 
-    model: HookedTransformer
+    model: HookedModel
     targets: Sequence[MemorizedSequence]
     context: Sequence[MemorizedSequence]
     work: Path
     until: Until = "unextractable"
     limit: float | None = None
     first_layer: int = 1
-    retrained: HookedTransformer | None = None
+    retrained: HookedModel | None = None
     batch: int = 16
     seed: int = 0
     sets: dict[str, ComponentSet] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class Forgotten:
         seconds: that it took, localization included; None if that is not known.
     """
 
-    model: HookedTransformer
+    model: HookedModel
     what: str
     seconds: float | None
 
@@ -87,7 +87,7 @@ Way = Callable[[Task], AbstractContextManager[Forgotten]]
 
 
 @contextmanager
-def zeroed(model: HookedTransformer, components: ComponentSet) -> Iterator[None]:
+def zeroed(model: HookedModel, components: ComponentSet) -> Iterator[None]:
     """Set the weights by which components write to zero, and restore every parameter on leaving.
 
     Unlike components that `ablate` switches off, they can be trained again.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memloc_lens.checks import check_choice
 from memloc_lens.components import HEADS, NEURONS, ComponentName, component_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -48,13 +48,13 @@ class Activations:
         component_of(self.component)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores of at least 0: [layer, *unit], or [sequence, layer, *unit] for a list."""
         return score(model, sequences, self._score_batch, component_of(self.component))
 
     @torch.no_grad()
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         component = component_of(self.component)
         source = HEADS if component is HEADS else NEURONS  # a weight of W_out multiplies its neuron's activation
         names = [source.activations_at(layer) for layer in range(model.cfg.n_layers)]
@@ -68,7 +68,7 @@ class Activations:
         return reduced * norms if component is NEURONS else reduced.unsqueeze(-1) * norms
 
     def _written_by_heads(
-        self, model: HookedTransformer, activations: Float[Tensor, "row layer target head d_head"]
+        self, model: HookedModel, activations: Float[Tensor, "row layer target head d_head"]
     ) -> Float[Tensor, "row layer head"]:
         if self.reduction == "abs_mean":
             activations = activations.mean(dim=2, keepdim=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memloc_lens.checks import check_number
 from memloc_lens.components import HEADS, WEIGHTS, Component, ComponentName, component_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
 
@@ -38,12 +38,12 @@ class Random:
         component_of(self.component)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in [0, 1): [layer, *unit], or [sequence, layer, *unit] for a list."""
         return score(model, sequences, self._score_batch, component_of(self.component))
 
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         shape, draws = component_of(self.component).shape(model), []
         for row in batch.tokens.tolist():
             generator = torch.Generator().manual_seed(zlib.crc32(repr((self.seed, row)).encode()))
@@ -72,17 +72,17 @@ class WeightNorm:
         component_of(self.component)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return the same norms for every sequence: [layer, *unit], or [sequence, layer, *unit] for a list."""
         return score(model, sequences, self._score_batch, component_of(self.component))
 
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         norms = output_norms(model, component_of(self.component))
         return norms.expand(len(batch), *norms.shape)
 
 
-def output_norms(model: HookedTransformer, component: Component) -> Float[Tensor, " layer *unit"]:
+def output_norms(model: HookedModel, component: Component) -> Float[Tensor, " layer *unit"]:
     """Return the Euclidean norm of the weights that each component writes to the residual stream with."""
     if component is HEADS:
         return torch.stack([block.attn.W_O.detach().float().flatten(1).norm(dim=1) for block in model.blocks])

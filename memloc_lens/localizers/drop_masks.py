@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import ComponentName, component_of, count_of
 from memloc_lens.forward import target_log_odds, target_loss
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import Context, check_context, check_disjoint
 from memloc_lens.localizers.gradients import IterativeGradient
 from memloc_lens.localizers.learned_masks import (
@@ -85,12 +85,12 @@ class DropMask:
         check_choice("start", self.start, get_args(Start))
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return the trained parameter, higher is dropped first: [layer, *unit], or [sequence, layer, *unit]."""
         count, context = _count(self, model), _Context(self, model, sequences)
 
-        def score_batch(model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+        def score_batch(model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
             parameter = self._start(model, batch).requires_grad_(True)
 
             def kept() -> Float[Tensor, "row layer *unit"]:
@@ -109,7 +109,7 @@ class DropMask:
 
         return score_masks(self, model, sequences, score_batch)
 
-    def _start(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _start(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         shape = mask_shape(model, component_of(self.component), self.first_layer, len(batch))
         if self.start == "iterative-gradient":
             iterative = IterativeGradient(
@@ -171,7 +171,7 @@ class BalancedSubnet:
         check_number("weight_decay", self.weight_decay, least=0)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return minus the absolute trained scores: [layer, *unit], or [sequence, layer, *unit] for a list.
 
@@ -185,7 +185,7 @@ class BalancedSubnet:
             )
         count, context = _count(self, model), _Context(self, model, sequences)
 
-        def score_batch(model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+        def score_batch(model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
             scores = self._start(model, batch).requires_grad_(True)
 
             def kept() -> Float[Tensor, "row layer *unit"]:
@@ -201,7 +201,7 @@ class BalancedSubnet:
 
         return score_masks(self, model, sequences, score_batch)
 
-    def _start(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _start(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         _, layers, *unit = mask_shape(model, component_of(self.component), self.first_layer, len(batch))
         generator = torch.Generator().manual_seed(self.seed)
         scores = torch.empty(layers, math.prod(unit[:-1]), unit[-1], dtype=torch.float32, device="cpu")
@@ -221,7 +221,7 @@ def _check_settings(settings: DropMask | BalancedSubnet) -> None:
     check_context(settings.context)
 
 
-def _count(settings: DropMask | BalancedSubnet, model: HookedTransformer) -> int:
+def _count(settings: DropMask | BalancedSubnet, model: HookedModel) -> int:
     """Return how many components of every layer are dropped, as `top_components` counts them."""
     component = component_of(settings.component)
     return count_of(settings.ratio, math.prod(component.shape(check_model(model))[1:]), plural=component.plural)
@@ -249,7 +249,7 @@ class _Context:
     def __init__(
         self,
         settings: DropMask | BalancedSubnet,
-        model: HookedTransformer,
+        model: HookedModel,
         targets: MemorizedSequence | Sequence[MemorizedSequence],
     ) -> None:
         self._sequences = check_sequences(model, list(settings.context))
@@ -265,7 +265,7 @@ class _Context:
             yield order[: self._settings.retained].tolist()
 
     def losses(
-        self, model: HookedTransformer, index: int, kept: Float[Tensor, "row layer *unit"]
+        self, model: HookedModel, index: int, kept: Float[Tensor, "row layer *unit"]
     ) -> Iterator[tuple[Float[Tensor, " row"], float]]:
         """Yield the suffix losses of a sequence under each mask, as many at a time as fit, and its clean loss."""
         sequence, component = self._sequences[index], component_of(self._settings.component)
@@ -285,7 +285,7 @@ class _Context:
 
 def _train(
     settings: DropMask | BalancedSubnet,
-    model: HookedTransformer,
+    model: HookedModel,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     kept: Callable[[], Float[Tensor, "row layer *unit"]],

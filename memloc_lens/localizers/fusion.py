@@ -16,7 +16,7 @@ from memloc_lens.ablation import ablate
 from memloc_lens.checks import check_first_layer, check_model, check_number, described
 from memloc_lens.components import Component, ComponentName, component_of, top_components
 from memloc_lens.equal_damage import lost_at
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import check_disjoint
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.metrics import suffix_accuracy, teacher_forced
@@ -67,7 +67,7 @@ class Fusion:
         return min(_setting(localizer, "first_layer", 0) for localizer in self.localizers)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores from 0 to the sum of the weights: [layer, *unit], or [sequence, layer, *unit] for a list."""
         ranks = [rank_scores(localizer, model, sequences) for localizer in self.localizers]
@@ -75,7 +75,7 @@ class Fusion:
 
 
 def fit_fusion(
-    model: HookedTransformer,
+    model: HookedModel,
     dev: Sequence[MemorizedSequence],
     others: Sequence[MemorizedSequence],
     localizers: Sequence[AnyLocalizer],
@@ -166,7 +166,7 @@ def simplex(size: int, grid: int) -> Iterator[tuple[float, ...]]:
 
 
 def rank_scores(
-    localizer: AnyLocalizer, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+    localizer: AnyLocalizer, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
 ) -> Float[Tensor, "..."]:
     """Return the ranks of a localizer's scores inside each layer, from 0 to 1.
 
@@ -198,7 +198,7 @@ def _weighted(ranks: Sequence[Float[Tensor, "..."]], weights: Sequence[float]) -
 
 
 def _accuracies(
-    model: HookedTransformer, sequence: MemorizedSequence, others: Sequence[MemorizedSequence]
+    model: HookedModel, sequence: MemorizedSequence, others: Sequence[MemorizedSequence]
 ) -> tuple[float, float]:
     """Return the accuracy on the sequence, and the mean of those on the others, in points."""
     measured = [sequence, *others]

@@ -39,7 +39,7 @@ from torch.nn.functional import logsigmoid, softplus
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import WEIGHTS, ComponentName, Scope, component_of, count_of
 from memloc_lens.forward import target_log_odds
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import Context, check_context, check_disjoint, mean_over_context
 from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import ScoreBatch, score
@@ -88,7 +88,7 @@ class Gradient:
         _check(self)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return signed scores in the objective's units: [layer, *unit], or [sequence, layer, *unit] for a list.
 
@@ -97,7 +97,7 @@ class Gradient:
         """
         penalty = _penalty(self, model, sequences)
 
-        def score_batch(model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+        def score_batch(model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
             return with_unmasked_layers(
                 _saliency(self, model, batch)(_ones(self, model, batch)) - penalty, self.first_layer
             )
@@ -145,7 +145,7 @@ class IterativeGradient:
 
     def __call__(
         self,
-        model: HookedTransformer,
+        model: HookedModel,
         sequences: MemorizedSequence | Sequence[MemorizedSequence],
         spared: Bool[Tensor, " layer *unit"] | None = None,
     ) -> Float[Tensor, "..."]:
@@ -172,12 +172,12 @@ class IterativeGradient:
         pooled = barred.flatten(2) if self.scope == "layer" else barred.flatten(1).unsqueeze(1)
         counts = round_counts(self._most(model, pooled), self.rounds, self.schedule)
 
-        def score_batch(model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+        def score_batch(model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
             return self._ranked(model, batch, penalty, pooled, counts)
 
         return _score(self, model, sequences, score_batch)
 
-    def _most(self, model: HookedTransformer, barred: Bool[Tensor, "1 pool unit"]) -> int:
+    def _most(self, model: HookedModel, barred: Bool[Tensor, "1 pool unit"]) -> int:
         plural = component_of(self.component).plural
         most, left = count_of(self.max_ratio, barred.shape[2], "nearest", plural), int((~barred).sum(dim=2).min())
         if most > left:
@@ -189,7 +189,7 @@ class IterativeGradient:
 
     def _ranked(
         self,
-        model: HookedTransformer,
+        model: HookedModel,
         batch: Batch,
         penalty: Tensor,
         barred: Bool[Tensor, "1 pool unit"],
@@ -242,7 +242,7 @@ def _check(settings: Settings) -> None:
 
 def _score(
     settings: Settings,
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     score_batch: ScoreBatch,
 ) -> Float[Tensor, "..."]:
@@ -259,13 +259,13 @@ def _score(
     )
 
 
-def _ones(settings: Settings, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row masked *unit"]:
+def _ones(settings: Settings, model: HookedModel, batch: Batch) -> Float[Tensor, "row masked *unit"]:
     shape = mask_shape(model, component_of(settings.component), settings.first_layer, len(batch))
     return torch.ones(shape, device=batch.tokens.device, dtype=torch.float32)
 
 
 def _saliency(
-    settings: Settings, model: HookedTransformer, batch: Batch
+    settings: Settings, model: HookedModel, batch: Batch
 ) -> Callable[[Float[Tensor, "row masked *unit"]], Float[Tensor, "row masked *unit"]]:
     """Return a function from masks to the derivatives of the objective by them."""
     masked = masked_residual(model, batch, settings.first_layer, component_of(settings.component))
@@ -282,7 +282,7 @@ def _saliency(
 
 
 def _penalty(
-    settings: Settings, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+    settings: Settings, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
 ) -> Float[Tensor, "*masked_unit"]:
     """Return what the prior takes off the saliencies of the masked layers."""
     if not settings.context or settings.prior == 0:
@@ -294,7 +294,7 @@ def _penalty(
     return settings.prior * squares / squares.sqrt().mean()
 
 
-def _squares(settings: Settings, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+def _squares(settings: Settings, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
     """Return the mean over the targets of the squared derivatives of their log-odds."""
     masked = masked_residual(model, batch, settings.first_layer, component_of(settings.component))
     ones = _ones(settings, model, batch).requires_grad_(True)

@@ -39,7 +39,7 @@ from memloc_lens.checks import check_model, check_number, in_one_line
 from memloc_lens.components import HEADS, NEURONS, Hook, post
 from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_logits, target_losses
 from memloc_lens.hooks import hooked, hooked_at
-from memloc_lens.library_types import ActivationCache, HookedTransformer, HookPoint
+from memloc_lens.library_types import ActivationCache, HookedModel, HookPoint
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -67,7 +67,7 @@ class IntegratedGradients:
         check_number("first_layer", self.first_layer, least=0, whole=True)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "*sequence layer neuron"]:
         """Return signed scores in units of probability: [layer, neuron], or [sequence, layer, neuron] for a list.
 
@@ -85,13 +85,13 @@ class IntegratedGradients:
             rows_each=self.steps,
         )
 
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer neuron"]:
         if _attends_as_known(model):
             return self._score_together(model, batch)
         _check_prefixes_agree(model, batch.tokens)
         return self._score_by_prefixes(model, batch)
 
-    def _score_together(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+    def _score_together(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer neuron"]:
         kept = ("mlp.hook_post", "hook_resid_pre", "attn.hook_v", _key_name(model))
         with torch.no_grad():
             _, cache = model.run_with_cache(
@@ -104,7 +104,7 @@ class IntegratedGradients:
             scores[:, layer] = torch.stack(in_chunks(copies, size, work)).sum(dim=0)
         return scores
 
-    def _score_by_prefixes(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+    def _score_by_prefixes(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer neuron"]:
         scores, copies = _no_scores(model, batch), self._copies(batch)
         for end in range(batch.prompt_len, batch.length):
             with torch.no_grad():
@@ -120,11 +120,11 @@ class IntegratedGradients:
         return torch.cartesian_prod(torch.arange(len(batch)), torch.arange(self.steps)).to(batch.tokens.device)
 
 
-def _no_scores(model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer neuron"]:
+def _no_scores(model: HookedModel, batch: Batch) -> Float[Tensor, "row layer neuron"]:
     return torch.zeros(len(batch), *NEURONS.shape(model), device=batch.tokens.device, dtype=torch.float32)
 
 
-def _attends_as_known(model: HookedTransformer) -> bool:
+def _attends_as_known(model: HookedModel) -> bool:
     """Tell whether positions act on one another through keys and values alone, as the hook points show them."""
     cfg = model.cfg
     rotary = cfg.positional_embedding_type == "rotary"  # then keys are seen after their norm
@@ -139,7 +139,7 @@ def _attends_as_known(model: HookedTransformer) -> bool:
 
 
 @torch.no_grad()
-def _check_prefixes_agree(model: HookedTransformer, tokens: Int[Tensor, "row pos"]) -> None:
+def _check_prefixes_agree(model: HookedModel, tokens: Int[Tensor, "row pos"]) -> None:
     """Refuse hooks for which the probability of a token depends on the tokens after it."""
     name = hooked(model)
     if not name:
@@ -158,7 +158,7 @@ def _check_prefixes_agree(model: HookedTransformer, tokens: Int[Tensor, "row pos
 
 
 def _attributions_at_the_end(
-    model: HookedTransformer,
+    model: HookedModel,
     clean: CleanPass,
     layer: int,
     true: Int[Tensor, " row"],
@@ -188,7 +188,7 @@ def _fractions(steps: int, like: Tensor) -> Float[Tensor, " step"]:
 
 
 def _attributions(
-    model: HookedTransformer,
+    model: HookedModel,
     cache: ActivationCache,
     layer: int,
     batch: Batch,
@@ -216,13 +216,13 @@ def _attributions(
     return sums / batch.suffix_len / steps
 
 
-def _key_name(model: HookedTransformer) -> str:
+def _key_name(model: HookedModel) -> str:
     """Return the hook point of keys as attention uses them: after rotation where positions are rotary."""
     return "attn.hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "attn.hook_k"
 
 
 def _clean_past_hooks(
-    model: HookedTransformer, cache: ActivationCache, layer: int, row: Int[Tensor, " copy"]
+    model: HookedModel, cache: ActivationCache, layer: int, row: Int[Tensor, " copy"]
 ) -> list[tuple[str, Hook]]:
     """Return hooks that let every position of a layer attend to the clean past and its own perturbed self (step 3)."""
     from transformer_lens.utilities.activation_functions import apply_softcap

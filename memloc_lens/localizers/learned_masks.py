@@ -27,7 +27,7 @@ from torch import Tensor
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import WEIGHTS, Component, ComponentName, component_of
 from memloc_lens.forward import target_loss
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import score
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -83,12 +83,12 @@ class Slimming:
         _check_training(self)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in [0, 1]: [layer, *unit], or [sequence, layer, *unit] for a list."""
         return score_masks(self, model, sequences, self._score_batch)
 
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         shape = _shape(self, model, batch)
         values = torch.ones(shape, device=batch.tokens.device, dtype=torch.float32, requires_grad=True)
 
@@ -138,12 +138,12 @@ class HardConcrete:
         check_number("seed", self.seed, whole=True)
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores in (0, 1): [layer, *unit], or [sequence, layer, *unit] for a list."""
         return score_masks(self, model, sequences, self._score_batch)
 
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer *unit"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer *unit"]:
         generator = torch.Generator().manual_seed(self.seed)
         start = torch.logit(torch.tensor((self.init + STRETCH) / (1 + 2 * STRETCH), dtype=torch.float32))
         shape, device = (
@@ -175,9 +175,9 @@ def _check_training(settings: Slimming | HardConcrete) -> None:
 
 def score_masks(
     settings: MaskSettings,
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
-    score_batch: Callable[[HookedTransformer, Batch], Tensor],
+    score_batch: Callable[[HookedModel, Batch], Tensor],
 ) -> Float[Tensor, "..."]:
     """Score sequences by masks that `score_batch` trains for the rows of a batch.
 
@@ -206,7 +206,7 @@ def score_masks(
         ) from error
 
 
-def mask_parameters(model: HookedTransformer, component: Component) -> int:
+def mask_parameters(model: HookedModel, component: Component) -> int:
     """Return how many entries of a mask count in a budget: next to activations, the few of neurons and heads do not."""
     return prod(component.shape(model)) if component is WEIGHTS else 0
 
@@ -223,7 +223,7 @@ def _train(
     settings: Slimming | HardConcrete,
     parameters: Float[Tensor, "row layer *unit"],
     mask_and_regularizer: Callable[[], tuple[Tensor, Tensor]],
-    model: HookedTransformer,
+    model: HookedModel,
     batch: Batch,
 ) -> Float[Tensor, "row layer *unit"]:
     """Run Adam on the parameters until every sequence has reached its stop, or for the maximum number of steps."""
@@ -253,5 +253,5 @@ def _train(
     return result
 
 
-def _shape(settings: Slimming | HardConcrete, model: HookedTransformer, batch: Batch) -> tuple[int, ...]:
+def _shape(settings: Slimming | HardConcrete, model: HookedModel, batch: Batch) -> tuple[int, ...]:
     return mask_shape(model, component_of(settings.component), settings.first_layer, len(batch))

@@ -10,11 +10,11 @@ from memloc_lens.bridge import stream_entering
 from memloc_lens.components import HEADS, NEURONS, Component, post
 from memloc_lens.forward import neurons_add_up, run_layers
 from memloc_lens.hooks import check_no_backward_hooks, hooked
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.sequence import Batch
 
 
-def check_gradients_pass(model: HookedTransformer, component: Component, first_layer: int) -> None:
+def check_gradients_pass(model: HookedModel, component: Component, first_layer: int) -> None:
     """Refuse backward hooks of the user's where the gradients of a mask pass.
 
     Raises:
@@ -25,7 +25,7 @@ def check_gradients_pass(model: HookedTransformer, component: Component, first_l
 
 
 def masked_residual(
-    model: HookedTransformer, batch: Batch, first_layer: int, component: Component
+    model: HookedModel, batch: Batch, first_layer: int, component: Component
 ) -> Callable[[Float[Tensor, "row layer *unit"]], Float[Tensor, "row target d_model"]]:
     """Return a function from masks to the final residual stream at the targets, which runs only what masks change.
 
@@ -61,7 +61,7 @@ def masked_residual(
     return run_later
 
 
-def mask_shape(model: HookedTransformer, component: Component, first_layer: int, rows: int) -> tuple[int, ...]:
+def mask_shape(model: HookedModel, component: Component, first_layer: int, rows: int) -> tuple[int, ...]:
     """Return the shape of a mask for each row, over the layers from `first_layer` on."""
     layers, *unit = component.shape(model)
     return rows, layers - first_layer, *unit

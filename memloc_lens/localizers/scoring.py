@@ -12,11 +12,11 @@ from memloc_lens.checks import check_first_layer, check_model, in_one_line
 from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
 from memloc_lens.hooks import has_forward_hooks
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, equal_length_batches
 
-ScoreBatch = Callable[[HookedTransformer, Batch], Float[Tensor, "row layer *unit"]]
+ScoreBatch = Callable[[HookedModel, Batch], Float[Tensor, "row layer *unit"]]
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Localizer(Protocol):
     """Of the method on the command line and in records."""
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence], /
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence], /
     ) -> Float[Tensor, "*sequence layer unit"]:
         """Return scores [layer, *unit] of one sequence, or [sequence, layer, *unit] of a list."""
         ...
@@ -53,7 +53,7 @@ def name_of(localizer: AnyLocalizer) -> str:
 
 
 def score(
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     score_batch: ScoreBatch,
     component: Component = NEURONS,
@@ -108,7 +108,7 @@ def score(
 
 
 @torch.no_grad()
-def _check_copies_agree(model: HookedTransformer, tokens: Int[Tensor, " pos"]) -> None:
+def _check_copies_agree(model: HookedModel, tokens: Int[Tensor, " pos"]) -> None:
     """Refuse hooks that do not treat copies of a sequence in one batch as they treat the sequence alone."""
     parts = model.named_modules()
     name = next((name for name, part in parts if has_forward_hooks(part)), "")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import ComponentName, component_of, top_components
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import Context, check_context, check_disjoint, mean_over_context
 from memloc_lens.localizers.gradients import Gradient, IterativeGradient
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
@@ -59,7 +59,7 @@ class Protect:
         return f"protect-{name_of(self.localizer)}"
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return scores: [layer, *unit], or [sequence, layer, *unit] for a list.
 
@@ -100,7 +100,7 @@ class Contrast:
         return f"contrast-{name_of(self.localizer)}"
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return standard scores: [layer, *unit], or [sequence, layer, *unit] for a list.
 
@@ -117,7 +117,7 @@ class Contrast:
 
 
 def relied_on(
-    model: HookedTransformer, context: Sequence[MemorizedSequence], share: float, component: ComponentName = "neuron"
+    model: HookedModel, context: Sequence[MemorizedSequence], share: float, component: ComponentName = "neuron"
 ) -> Bool[Tensor, " layer *unit"]:
     """Return the share of every layer's components with the largest mean absolute gradient over a context.
 
@@ -145,7 +145,7 @@ def _without_context(localizer: AnyLocalizer) -> AnyLocalizer:
 
 def _check_context_of(
     wrapper: Protect | Contrast,
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: MemorizedSequence | Sequence[MemorizedSequence],
     least: int = 1,
 ) -> None:

@@ -45,7 +45,7 @@ from memloc_lens.forward import (
 )
 from memloc_lens.hooks import END, hooked
 from memloc_lens.isolation import in_float32
-from memloc_lens.library_types import HookedTransformer, LayerNorm
+from memloc_lens.library_types import HookedModel, LayerNorm
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
@@ -78,7 +78,7 @@ class ZeroOut:
             raise ValueError(f"ZeroOut has no exact form for every {self.component}; it scores neurons and heads")
 
     def __call__(
-        self, model: HookedTransformer, sequences: MemorizedSequence | Sequence[MemorizedSequence]
+        self, model: HookedModel, sequences: MemorizedSequence | Sequence[MemorizedSequence]
     ) -> Float[Tensor, "..."]:
         """Return rises of the loss in nats: [layer, *unit], or [sequence, layer, *unit] for a list.
 
@@ -97,12 +97,12 @@ class ZeroOut:
             rows_each=prod(component.shape(model)[1:]),
         )
 
-    def _score_batch(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
+    def _score_batch(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer unit"]:
         # a rise is a small difference of two losses: in half precision it would be noise
         with torch.no_grad(), in_float32(model):
             return self._rises(model, batch)
 
-    def _rises(self, model: HookedTransformer, batch: Batch) -> Float[Tensor, "row layer unit"]:
+    def _rises(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer unit"]:
         clean = clean_pass(model, batch.tokens)
         clean_loss = target_loss(model, at_targets(model, clean.streams[-1], batch), batch)
         losses_without = _losses_without_head if self.component == "head" else _losses_without_neuron
@@ -118,7 +118,7 @@ class ZeroOut:
             scores[row, layer, unit] = rises
         return scores
 
-    def _candidates(self, model: HookedTransformer, batch: Batch) -> Bool[Tensor, "row layer unit"]:
+    def _candidates(self, model: HookedModel, batch: Batch) -> Bool[Tensor, "row layer unit"]:
         component = component_of(self.component)
         if self.candidates == 1:
             shape = (len(batch), *component.shape(model))
@@ -129,7 +129,7 @@ class ZeroOut:
 
 
 def estimated_rises(
-    model: HookedTransformer, batch: Batch, component: Component = NEURONS
+    model: HookedModel, batch: Batch, component: Component = NEURONS
 ) -> Float[Tensor, "row layer *unit"]:
     """Estimate the rises that ZeroOut measures, to first order: minus the gradient of the loss by a mask of ones."""
     shape = (len(batch), *component.shape(model))
@@ -141,7 +141,7 @@ def estimated_rises(
 
 
 def _losses_without_head(
-    model: HookedTransformer, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
+    model: HookedModel, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
 ) -> Float[Tensor, " pair"]:
     """Return the suffix losses with one head of `layer` zeroed in each pair's row."""
     row, head = pairs.unbind(dim=1)
@@ -152,7 +152,7 @@ def _losses_without_head(
 
 
 def _losses_without_neuron(
-    model: HookedTransformer, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
+    model: HookedModel, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
 ) -> Float[Tensor, " pair"]:
     """Return the suffix losses with one neuron of `layer` zeroed in each pair's row."""
     row, neuron = pairs.unbind(dim=1)
@@ -166,7 +166,7 @@ def _losses_without_neuron(
 
 
 def _residuals_without(
-    model: HookedTransformer, clean: CleanPass, layer: int, row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"]
+    model: HookedModel, clean: CleanPass, layer: int, row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair pos d_model"]:
     """Return the residual stream after `layer` of each pair's row with its neuron zeroed."""
     activations = clean.activations[layer][row, :, neuron].unsqueeze(-1)
@@ -175,7 +175,7 @@ def _residuals_without(
 
 
 def _residuals_by_masking(
-    model: HookedTransformer, clean: CleanPass, layer: int, row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"]
+    model: HookedModel, clean: CleanPass, layer: int, row: Int[Tensor, " pair"], neuron: Int[Tensor, " pair"]
 ) -> Float[Tensor, "pair pos d_model"]:
     """Return the same where the neurons' outputs do not simply add up: `layer` runs again without the neuron."""
 
@@ -186,7 +186,7 @@ def _residuals_by_masking(
         return run_between(model, clean.streams[layer][row], layer, layer + 1)
 
 
-def _has_plain_end(model: HookedTransformer) -> bool:
+def _has_plain_end(model: HookedModel) -> bool:
     """Tell whether logits are linear in the residual stream but for the norm's scale."""
     return (
         model.cfg.normalization_type in ("LN", "RMS")
@@ -196,7 +196,7 @@ def _has_plain_end(model: HookedTransformer) -> bool:
 
 
 def _losses_without_last(
-    model: HookedTransformer,
+    model: HookedModel,
     clean: CleanPass,
     batch: Batch,
     row: Int[Tensor, " pair"],

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from memloc_lens.library_types import HookedTransformer, PreTrainedModel, PreTrainedTokenizerBase
+from memloc_lens.library_types import HookedModel, PreTrainedModel, PreTrainedTokenizerBase
 from memloc_lens.models.verification import check_bridge_same, sample_of
 
 
 def bridged(
     original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype, begins_with_bos: bool
-) -> HookedTransformer:
+) -> HookedModel:
     """Return a `TransformerBridge` around a model, which it shares the weights with.
 
     Args:

@@ -221,9 +221,7 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": Family(_gpt2, by_transformer_lens("convert_gpt2_weights")),
     "GPTNeoForCausalLM": Family(_gpt_neo, by_transformer_lens("convert_neo_weights")),
     "GPTJForCausalLM": Family(_gptj, by_transformer_lens("convert_gptj_weights")),
-    "GPTNeoXForCausalLM": Family(
-        _gpt_neox, weights.with_all_biases(by_transformer_lens("convert_neox_weights"))
-    ),
+    "GPTNeoXForCausalLM": Family(_gpt_neox, weights.with_all_biases(by_transformer_lens("convert_neox_weights"))),
     "OPTForCausalLM": Family(_opt, weights.with_all_biases(by_transformer_lens("convert_opt_weights"))),
     "BloomForCausalLM": Family(_bloom, weights.of_bloom),
     "LlamaForCausalLM": Family(_llama, weights.of_llama),

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 
 from memloc_lens.checks import check_choice, check_model, reason
-from memloc_lens.library_types import HookedTransformer, PreTrainedModel, PreTrainedTokenizerBase
+from memloc_lens.library_types import HookedModel, PreTrainedModel, PreTrainedTokenizerBase
 from memloc_lens.models.accepted import DTYPES, Backend, default_backend, possible_names
 from memloc_lens.models.rotary import use_rotary_of
 from memloc_lens.models.speedups import prepare
@@ -32,7 +32,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     backend: Backend | None = None,
-) -> HookedTransformer:
+) -> HookedModel:
     """Load a causal language model as a `HookedTransformer` whose weights are exactly the original's.
 
     TransformerLens 4 has no `HookedTransformer` any more: there the model is a `TransformerBridge`.
@@ -158,9 +158,7 @@ def _check_dtype(dtype: object) -> None:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(map(str, DTYPES))}")
 
 
-def _hooked(
-    original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
-) -> HookedTransformer:
+def _hooked(original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> HookedModel:
     """Build the model on the CPU, with weights as they are, a faster forward pass and correct generation."""
     import transformer_lens
 
@@ -196,9 +194,7 @@ def _hooked(
     return model
 
 
-def _bridged(
-    original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype
-) -> HookedTransformer:
+def _bridged(original: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, dtype: torch.dtype) -> HookedModel:
     """Build a bridge on the CPU."""
     from memloc_lens.models.bridged import bridged
 
@@ -226,7 +222,7 @@ def _let_begin_with_bos(tokenizer: PreTrainedTokenizerBase) -> None:
             tokenizer.add_bos_token = True
 
 
-def generates_with_cache(model: HookedTransformer) -> bool:
+def generates_with_cache(model: HookedModel) -> bool:
     """Return whether `model.generate` is correct with the key-value cache.
 
     TransformerLens 3.9 miscounts positions if it generates from tokens with its cache, has no tokenizer to make an

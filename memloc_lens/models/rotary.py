@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 
 
-def use_rotary_of(original: Any, model: HookedTransformer) -> None:
+def use_rotary_of(original: Any, model: HookedModel) -> None:
     """Make a model compute its rotary position embeddings as transformers' model does.
 
     TransformerLens computes as many positions as are read, and more of them when a longer text comes.

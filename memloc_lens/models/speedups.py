@@ -11,10 +11,10 @@ from torch.nn.functional import gelu, layer_norm
 
 from memloc_lens.checks import check_model
 from memloc_lens.hooks import has_hooks, own
-from memloc_lens.library_types import HookedTransformer, LayerNorm
+from memloc_lens.library_types import HookedModel, LayerNorm
 
 
-def prepare(model: HookedTransformer) -> None:
+def prepare(model: HookedModel) -> None:
     """Speed up the forward pass of a model without changing its weights or its results.
 
     `load_model` does this to every model; a second time changes nothing.
@@ -39,14 +39,14 @@ def prepare(model: HookedTransformer) -> None:
     _store_as_multiplied(model)
 
 
-def _fuse_gelu(model: HookedTransformer) -> None:
+def _fuse_gelu(model: HookedModel) -> None:
     """Replace TransformerLens' GELU, eight elementwise operations, by torch's single one, the same function."""
     if model.cfg.act_fn == "gelu_new":
         for block in model.blocks:
             block.mlp.act_fn = functools.partial(gelu, approximate="tanh")
 
 
-def _fuse_norms(model: HookedTransformer) -> None:
+def _fuse_norms(model: HookedModel) -> None:
     """Replace TransformerLens' layer norm, nine operations, by torch's single one while no hook reads between them."""
     if model.cfg.dtype in (torch.float32, torch.float64):
         for module in model.modules():
@@ -62,7 +62,7 @@ def _fused_norm(
     return layer_norm(stream, (norm.length,), norm.w, norm.b, norm.eps)
 
 
-def _store_as_multiplied(model: HookedTransformer) -> None:
+def _store_as_multiplied(model: HookedModel) -> None:
     """Store weights in the memory order in which TransformerLens multiplies by them; shapes and values stay.
 
     Its forward pass makes these orders contiguous in every call, which copies a weight that is stored differently.

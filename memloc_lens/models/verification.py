@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.products import fast_products
 
 LEAST_TOKENS = 48
@@ -22,7 +22,7 @@ LIMITS = {torch.float64: 5e-5, torch.float32: 5e-5, torch.bfloat16: 0.1, torch.f
 
 
 @torch.no_grad()
-def check_same(model: HookedTransformer, original: Any) -> None:
+def check_same(model: HookedModel, original: Any) -> None:
     """Refuse a model whose log-probabilities of random tokens are not those of the original.
 
     Args:
@@ -55,7 +55,7 @@ def sample_of(original: Any) -> tuple[Int[Tensor, "1 pos"], Float[Tensor, "1 pos
 
 @torch.no_grad()
 def check_bridge_same(
-    model: HookedTransformer, tokens: Int[Tensor, "1 pos"], expected: Float[Tensor, "1 pos d_vocab"]
+    model: HookedModel, tokens: Int[Tensor, "1 pos"], expected: Float[Tensor, "1 pos d_vocab"]
 ) -> None:
     """Refuse a bridge whose log-probabilities are not those that its model gave before, as `sample_of` returns them.
 
@@ -79,7 +79,7 @@ def _check_close(
         )
 
 
-def _length(model: HookedTransformer) -> int:
+def _length(model: HookedModel) -> int:
     """Return how many tokens tell the models apart: more than a window of attention, as far as time allows."""
     wanted = max(LEAST_TOKENS, (model.cfg.window_size or 0) + TOKENS_BEYOND)
     affordable = int(PRODUCTS / sum(weight.numel() for weight in model.parameters()))

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from memloc_lens.ablation import ablate
 from memloc_lens.components import Neurons
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.visible import visible
 from memloc_lens.sequence import MemorizedSequence, decode
 
 
 @torch.no_grad()
-def token_losses(model: HookedTransformer, sequence: MemorizedSequence) -> Float[Tensor, " pos"]:
+def token_losses(model: HookedModel, sequence: MemorizedSequence) -> Float[Tensor, " pos"]:
     """-log p(token | all before it) of every token, in nats, under whatever ablation is open; 0 for the first."""
     tokens = sequence.tokens[None].to(model.cfg.device)
     log_probs = model(tokens, return_type="logits")[0].float().log_softmax(dim=-1)
@@ -23,7 +23,7 @@ def token_losses(model: HookedTransformer, sequence: MemorizedSequence) -> Float
     return torch.cat([losses.new_zeros(1), losses])
 
 
-def forgetting_page(model: HookedTransformer, sequence: MemorizedSequence, neurons: Neurons) -> str:
+def forgetting_page(model: HookedModel, sequence: MemorizedSequence, neurons: Neurons) -> str:
     """Colour each token by how much its loss rises when the neurons are zeroed.
 
     Args:

@@ -6,7 +6,7 @@ import torch
 from rapidfuzz.distance import Levenshtein
 
 from memloc_lens.benchmarks.finished_del import targets_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.finished import FinishedRun
 from memloc_lens.runs.records import LISTS
 from memloc_lens.runs.schema import Record
@@ -20,7 +20,7 @@ BLANKS = "\n\t"
 """Control characters that a page shows as they are."""
 
 
-def sequence_cards(run: FinishedRun, model: HookedTransformer) -> list[dict[str, Any]]:
+def sequence_cards(run: FinishedRun, model: HookedModel) -> list[dict[str, Any]]:
     """Return for each target its tokens as text, and for each state the probabilities and the continuation.
 
     Args:
@@ -43,7 +43,7 @@ def sequence_cards(run: FinishedRun, model: HookedTransformer) -> list[dict[str,
 
 
 def _card(
-    model: HookedTransformer, target: MemorizedSequence, before: Record, after: dict[str, dict[str, Any]]
+    model: HookedModel, target: MemorizedSequence, before: Record, after: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     texts = [_text(model, token[None]) for token in target.tokens]
     return {
@@ -56,7 +56,7 @@ def _card(
     }
 
 
-def _state(model: HookedTransformer, target: MemorizedSequence, record: Record) -> dict[str, Any]:
+def _state(model: HookedModel, target: MemorizedSequence, record: Record) -> dict[str, Any]:
     own: dict[str, Any] = {"self": record["self_acc"], "neg": record.get("neg_acc")}
     if not all(name in record for name in LISTS):
         return own
@@ -91,7 +91,7 @@ def differing(written: str, wanted: str) -> list[list[int]]:
     return [[edit.src_start, edit.src_end] for edit in edits if edit.tag in ("replace", "delete")]
 
 
-def _text(model: HookedTransformer, tokens: torch.Tensor) -> str:
+def _text(model: HookedModel, tokens: torch.Tensor) -> str:
     if model.tokenizer is None:
         return "".join(f"{token} " for token in tokens.tolist())
     return visible(decode(model, tokens), keep=BLANKS)

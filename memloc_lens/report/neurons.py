@@ -13,7 +13,7 @@ from memloc_lens.benchmarks.context import HELD_OUT
 from memloc_lens.benchmarks.finished_del import located_sets, targets_of
 from memloc_lens.components import NEURONS, post
 from memloc_lens.data import load_texts
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.baselines import output_norms
 from memloc_lens.metrics import text_rows
 from memloc_lens.report.cards import label
@@ -78,7 +78,7 @@ class NeuronCard:
 
 
 def neuron_cards(
-    run: FinishedRun, model: HookedTransformer, ratio: float, count: int = 24, text: Path | None = None
+    run: FinishedRun, model: HookedModel, ratio: float, count: int = 24, text: Path | None = None
 ) -> list[NeuronCard]:
     """Return what the neurons do that most methods and targets of a run name.
 
@@ -115,7 +115,7 @@ def _most_named(run: FinishedRun, targets: Sequence[MemorizedSequence], ratio: f
     return [NeuronCard(layer, neuron, dict(named[layer, neuron])) for layer, neuron in often[:count]]
 
 
-def _tell_norms(model: HookedTransformer, cards: list[NeuronCard]) -> None:
+def _tell_norms(model: HookedModel, cards: list[NeuronCard]) -> None:
     norms = output_norms(model, NEURONS)
     for card in cards:
         own = norms[card.layer, card.neuron]
@@ -123,7 +123,7 @@ def _tell_norms(model: HookedTransformer, cards: list[NeuronCard]) -> None:
 
 
 @torch.no_grad()
-def _tell_promoted(model: HookedTransformer, cards: list[NeuronCard]) -> None:
+def _tell_promoted(model: HookedModel, cards: list[NeuronCard]) -> None:
     """Tell which tokens a row of `W_out` raises and lowers through the unembedding (logit lens)."""
     for card in cards:
         logits = model.blocks[card.layer].mlp.W_out[card.neuron].float() @ model.W_U.float()
@@ -132,7 +132,7 @@ def _tell_promoted(model: HookedTransformer, cards: list[NeuronCard]) -> None:
 
 
 @torch.no_grad()
-def _tell_firings(model: HookedTransformer, cards: list[NeuronCard], sequences: list[MemorizedSequence]) -> None:
+def _tell_firings(model: HookedModel, cards: list[NeuronCard], sequences: list[MemorizedSequence]) -> None:
     layers = sorted({card.layer for card in cards})
     found: list[list[tuple[float, int, int]]] = [[] for _ in cards]
     first, typical = [torch.zeros(len(cards)) for _ in range(2)]
@@ -153,7 +153,7 @@ def _tell_firings(model: HookedTransformer, cards: list[NeuronCard], sequences: 
 
 
 def _activations(
-    model: HookedTransformer, sequence: MemorizedSequence, layers: list[int]
+    model: HookedModel, sequence: MemorizedSequence, layers: list[int]
 ) -> dict[int, Float[Tensor, "pos neuron"]]:
     names = {layer: post(layer) for layer in layers}
     tokens = sequence.tokens[None].to(model.cfg.device)
@@ -161,7 +161,7 @@ def _activations(
     return {layer: cache[name][0].float().cpu() for layer, name in names.items()}
 
 
-def _firing(model: HookedTransformer, sequence: MemorizedSequence, at: int, activation: float) -> Firing:
+def _firing(model: HookedModel, sequence: MemorizedSequence, at: int, activation: float) -> Firing:
     tokens = sequence.tokens
     return Firing(
         _text(model, tokens[max(0, at - AROUND) : at]),
@@ -172,7 +172,7 @@ def _firing(model: HookedTransformer, sequence: MemorizedSequence, at: int, acti
     )
 
 
-def _text(model: HookedTransformer, tokens: Tensor) -> str:
+def _text(model: HookedModel, tokens: Tensor) -> str:
     if model.tokenizer is None:
         return "".join(f"{token} " for token in tokens.tolist())
     return visible(decode(model, tokens)) if len(tokens) else ""

@@ -9,14 +9,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from memloc_lens.checks import check_model
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 
 CHUNK = 2**22  # bytes that are looked at at once, so that little memory is needed beside the model
 SHAPING = ("act_fn", "normalization_type", "eps", "attn_scale", "window_size", "attn_types", "rotary_base", "n_ctx")
 """Settings that change what the same weights compute."""
 
 
-def fingerprint(model: HookedTransformer) -> str:
+def fingerprint(model: HookedModel) -> str:
     """Return a hash of every parameter, after checking that all are finite numbers.
 
     Each chunk of a parameter, as 64-bit words, is summed with odd random factors, modulo 2^64: a change of a single

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from memloc_lens.forward import final_residual, target_loss
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 
 @torch.no_grad()
-def check_losses(model: HookedTransformer, sequences: Sequence[MemorizedSequence], batch: int) -> None:
+def check_losses(model: HookedModel, sequences: Sequence[MemorizedSequence], batch: int) -> None:
     """Refuse sequences whose loss is NaN or infinite, as when half precision overflows.
 
     Args:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memloc_lens.components import Component, ComponentName
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers import FURTHER, LOCALIZERS, WRAPPERS
 from memloc_lens.localizers.scoring import AnyLocalizer, name_of
 from memloc_lens.runs.schema import BEFORE, INJECTION
@@ -166,7 +166,7 @@ def default_methods(component: ComponentName, presets: Mapping[str, AnyLocalizer
 
 
 def checked_scores(
-    localizer: AnyLocalizer, model: HookedTransformer, sequences: Sequence[MemorizedSequence], component: Component
+    localizer: AnyLocalizer, model: HookedModel, sequences: Sequence[MemorizedSequence], component: Component
 ) -> Float[Tensor, "sequence layer *unit"]:
     """Score sequences, and refuse scores that cannot be used.
 

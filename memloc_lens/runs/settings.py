@@ -17,7 +17,7 @@ import tyro
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName, component_of
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import memory_budget, parse_memory
 from memloc_lens.models import EMBEDDED, check_device, load_model
 from memloc_lens.runs.fingerprint import fingerprint
@@ -115,18 +115,18 @@ class RunSettings:
         methods = self.methods or default_methods(self.component, presets)
         return [configured(resolve(method, presets), self.component) for method in methods]
 
-    def load_model(self) -> HookedTransformer:
+    def load_model(self) -> HookedModel:
         """Load the model of the run."""
         return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
 
-    def memory_budget(self, model: HookedTransformer) -> AbstractContextManager[None]:
+    def memory_budget(self, model: HookedModel) -> AbstractContextManager[None]:
         """Bound the memory of the run, once the model is loaded."""
         return memory_budget(self.memory, model.cfg.device) if self.memory else nullcontext()
 
 
 def open_folder(
     settings: RunSettings,
-    model: HookedTransformer,
+    model: HookedModel,
     sequences: list[MemorizedSequence],
     others: list[Any],
     records: int,
@@ -182,7 +182,7 @@ def device_elsewhere(config: Mapping[str, Any]) -> str:
     return torch.device(config["device"]).type
 
 
-def check_weights(model: HookedTransformer, config: Mapping[str, Any]) -> None:
+def check_weights(model: HookedModel, config: Mapping[str, Any]) -> None:
     """Refuse a model that a worker has loaded and that is not the one of the run.
 
     Raises:
@@ -195,7 +195,7 @@ def check_weights(model: HookedTransformer, config: Mapping[str, Any]) -> None:
         )
 
 
-def _check_space(settings: RunSettings, model: HookedTransformer, records: int) -> None:
+def _check_space(settings: RunSettings, model: HookedModel, records: int) -> None:
     needed = records * (4 * prod(component_of(settings.component).shape(model)) + 2000)
     free = shutil.disk_usage(settings.out).free
     if free < needed:

@@ -17,7 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from memloc_lens.data import load_texts
-from memloc_lens.library_types import HookedTransformer
+from memloc_lens.library_types import HookedModel
 from memloc_lens.metrics import free_running, perplexity, suffix_accuracy, teacher_forced, text_distance, text_rows
 from memloc_lens.models import EMBEDDED, load_model
 from memloc_lens.runs.command_line import parser, run_command
@@ -70,7 +70,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[PassageRow]]:
         raise ValueError(f"{folder} holds no model that memloc_lens.training.train wrote: {error}") from error
 
 
-def _measured(model: HookedTransformer, rows: list[PassageRow]) -> list[PassageRow]:
+def _measured(model: HookedModel, rows: list[PassageRow]) -> list[PassageRow]:
     """Return the rows with accuracy, greedy distance and split."""
     sequences = [MemorizedSequence.from_text(model, row["all"], row["prompt_len"], row["id"]) for row in rows]
     accuracies = suffix_accuracy(teacher_forced(model, sequences), sequences).tolist()
