@@ -56,9 +56,9 @@ def hooked_after_neurons(model: HookedModel, layer: int) -> bool:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Tell whether a module has any forward hook, the package's own ones included, those of TransformerLens not."""
+    """Tell whether a module has any forward hook, the package's own ones included, a bridge's own ones not."""
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not _is_of_bridge(function) for function in hooks)
+    return any(not _is_of_library(function) for function in hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -130,9 +130,9 @@ def _has_global_hooks() -> bool:
 
 
 def _is_own(function: Any) -> bool:
-    return function is None or bool(getattr(function, "memloc_own", False)) or _is_of_bridge(function)
+    return function is None or bool(getattr(function, "memloc_own", False)) or _is_of_library(function)
 
 
-def _is_of_bridge(function: Any) -> bool:
-    """Tell whether a hook is one that a `TransformerBridge` puts on its own parts."""
-    return str(getattr(function, "__module__", "")).startswith("transformer_lens.model_bridge.")
+def _is_of_library(function: Any) -> bool:
+    """Tell whether a hook is one that a `TransformerBridge`, or transformers, puts on its own parts."""
+    return str(getattr(function, "__module__", "")).startswith(("transformer_lens.model_bridge.", "transformers."))

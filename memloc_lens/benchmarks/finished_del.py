@@ -42,7 +42,9 @@ def load_same_model(run: FinishedRun, device: str | None = None) -> HookedModel:
     _check_configured(run, "model", *DROPPED_BY, "data")
     dtype = run.config.get("dtype", "float32")
     check_choice("dtype", dtype, get_args(Precision))
-    model = load_model(run.config["model"], device=device, dtype=getattr(torch, dtype))
+    model = load_model(
+        run.config["model"], device=device, dtype=getattr(torch, dtype), backend=run.config.get("backend")
+    )
     weights = fingerprint(model)
     if run.config.get("weights", weights) != weights:
         raise ValueError(f"the weights of {run.config['model']} differ from those that {run.path} is a run of")

@@ -10,7 +10,7 @@ import tyro
 
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.library_types import HookedModel
-from memloc_lens.models import EMBEDDED, check_device, load_model
+from memloc_lens.models import EMBEDDED, Backend, check_backend, check_device, load_model
 from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import Precision
@@ -47,6 +47,9 @@ class FindSettings:
         batch: Maximum number of windows at a time.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
         dtype: Precision of weights and computation.
+        backend: What TransformerLens makes of the model: "hooked" for a HookedTransformer, or "bridge" for a
+            TransformerBridge, which is slower and knows more architectures. Default: hooked where TransformerLens has
+            it, before version 4.
         bos: Put a beginning-of-sequence token before every window; `prompt` does not count it. Default: what the
             model's tokenizer is configured to do.
         quiet: Show no progress bars, neither of the run nor of the libraries.
@@ -70,6 +73,7 @@ class FindSettings:
     batch: int = 32
     device: str | None = None
     dtype: Precision = "float32"
+    backend: Backend | None = None
     bos: bool | None = None
     quiet: bool = False
     parallel: Annotated[Parallel, tyro.conf.arg(name="")] = field(default_factory=Parallel)
@@ -92,6 +96,7 @@ class FindSettings:
                 f"min_distinct is {self.min_distinct}, and the suffix has only {self.suffix} tokens; lower it"
             )
         check_device(self.device)
+        check_backend(self.backend)
         check_choice("dtype", self.dtype, get_args(Precision))
 
     @property
@@ -102,7 +107,7 @@ class FindSettings:
     @may_be_quiet
     def load_model(self) -> HookedModel:
         """Load the model of the run."""
-        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype), backend=self.backend)
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""

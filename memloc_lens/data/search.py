@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from rapidfuzz.distance import Levenshtein
 
+from memloc_lens.bridge import is_bridge
 from memloc_lens.data.corpus import Window, read_corpus, windows_of
 from memloc_lens.data.found import Counts, FindSettings, FoundWindow, Measured
 from memloc_lens.data.readers import is_local
@@ -44,7 +45,7 @@ MEASURED = {
 }
 """What a record of another step has of each window."""
 
-NOT_IDENTITY = ("out", "names", "limit", "quiet", "parallel")
+NOT_IDENTITY = ("out", "backend", "names", "limit", "quiet", "parallel")
 """Settings that may differ between two runs in one folder; the windows that they lead to are compared."""
 
 
@@ -86,6 +87,7 @@ def begin(settings: FindSettings, engine: Engine | None, documents: str) -> Sear
     config = {
         **own,
         "device": str(model.cfg.device),
+        **({"backend": "bridge"} if is_bridge(model) else {}),
         "weights": fingerprint(model),
         "begins_with_bos": begins_with_bos(model, settings.bos),
         "windows": {str(settings.limit): _first_windows(settings, model) if settings.limit else documents},

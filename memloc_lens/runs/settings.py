@@ -15,11 +15,12 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import torch
 import tyro
 
+from memloc_lens.bridge import is_bridge
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName, component_of
 from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import memory_budget, parse_memory
-from memloc_lens.models import EMBEDDED, check_device, load_model
+from memloc_lens.models import EMBEDDED, Backend, check_backend, check_device, load_model
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.folder import PLACES, RunFolder
 from memloc_lens.runs.methods import AnyLocalizer, Method, configured, default_methods, name_of, resolve, settings_of
@@ -31,7 +32,7 @@ from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 NOT_IDENTITY = (
-    *("out", "config", "memory", "methods", "limit", "context", "context_sequences"),
+    *("out", "config", "backend", "memory", "methods", "limit", "context", "context_sequences"),
     *("until", "until_limit", "until_samples", "prompts", "quiet", "tracker", "parallel"),
 )
 """Settings that may differ between two runs in one folder; what they decide of records is recorded in other ways."""
@@ -52,6 +53,9 @@ class RunSettings:
             The command line overrides it.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
         dtype: Precision of weights and computation.
+        backend: What TransformerLens makes of the model: "hooked" for a HookedTransformer, or "bridge" for a
+            TransformerBridge, which is slower and knows more architectures. Default: hooked where TransformerLens has
+            it, before version 4.
         memory: Maximum memory of the process on the device, such as "8GiB". Default: half of the free memory.
         seed: Seed of all draws.
         bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
@@ -79,6 +83,7 @@ class RunSettings:
     config: Path | None = None
     device: str | None = None
     dtype: Precision = "float32"
+    backend: Backend | None = None
     memory: str | None = None
     seed: int = 0
     bos: bool | None = None
@@ -93,6 +98,7 @@ class RunSettings:
         component_of(self.component)
         check_choice("dtype", self.dtype, get_args(Precision))
         check_device(self.device)
+        check_backend(self.backend)
         check_number("limit", self.limit, least=0, whole=True)
         check_number("seed", self.seed, whole=True)
         if self.context_sequences is not None:
@@ -117,7 +123,7 @@ class RunSettings:
 
     def load_model(self) -> HookedModel:
         """Load the model of the run."""
-        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype))
+        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype), backend=self.backend)
 
     def memory_budget(self, model: HookedModel) -> AbstractContextManager[None]:
         """Bound the memory of the run, once the model is loaded."""
@@ -152,6 +158,7 @@ def open_folder(
     config = {
         **own,
         "device": str(model.cfg.device),
+        **({"backend": "bridge"} if is_bridge(model) else {}),
         "weights": fingerprint(model),
         "begins_with_bos": begins_with_bos(model, settings.bos),
         "data_sha256": hashlib.sha256(repr(others).encode()).hexdigest(),
