@@ -177,7 +177,7 @@ def _check_neurons_write(model: Any) -> None:
         for handle in handles:
             handle.remove()
     bias = mlp.b_out if getattr(mlp, "b_out", None) is not None else 0
-    if not _agree(seen["activations"] @ mlp.W_out + bias, seen["written"]):
+    if "written" not in seen or not _agree(seen["activations"] @ mlp.W_out + bias, seen["written"]):
         raise ValueError(
             f"{model.cfg.model_name} cannot be used as a TransformerBridge: blocks.0.mlp.hook_post times W_out is not "
             "what the MLP writes"

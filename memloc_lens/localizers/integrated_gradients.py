@@ -21,18 +21,19 @@ own, perturbed, key and value:
 4. One backward pass from the sum of the probabilities gives the gradients of all positions.
 
 Where a hook of the user's, or a kind of attention that step 3 does not know, may let positions act on one another in
-other ways, every prefix has its own runs after all.
+other ways, every prefix has its own runs after all. A `TransformerBridge` is tried: both ways must give the same.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
-from einops import einsum, rearrange
+from einops import EinopsError, einsum, rearrange
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from memloc_lens.bridge import is_bridge, run_between
 from memloc_lens.checks import check_model, check_number, in_one_line
@@ -43,6 +44,12 @@ from memloc_lens.library_types import ActivationCache, HookedModel, HookPoint
 from memloc_lens.localizers.scoring import score
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
+
+TRIED = 7
+"""Tokens that both ways are tried on for a bridge."""
+
+_known_bridges: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""The bridges that were tried: whether all positions can go through one run."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +101,8 @@ class IntegratedGradients:
     def _score_together(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer neuron"]:
         kept = ("mlp.hook_post", "hook_resid_pre", "attn.hook_v", _key_name(model))
         with torch.no_grad():
-            _, cache = model.run_with_cache(
-                batch.tokens, return_type=None, names_filter=lambda name: name.endswith(kept)
-            )
+            names = [f"blocks.{layer}.{name}" for layer in range(model.cfg.n_layers) for name in kept]
+            _, cache = model.run_with_cache(batch.tokens, return_type=None, names_filter=names)
         scores, copies = _no_scores(model, batch), self._copies(batch)
         for layer in range(self.first_layer, model.cfg.n_layers):
             size = rows_at_once(model, batch.length, batch.suffix_len, model.cfg.n_layers - layer)
@@ -129,13 +135,33 @@ def _attends_as_known(model: HookedModel) -> bool:
     cfg = model.cfg
     rotary = cfg.positional_embedding_type == "rotary"  # then keys are seen after their norm
     heads = [HEADS.activations_at(layer) for layer in range(cfg.n_layers)]
-    return not is_bridge(model) and (
+    if hooked(model) or hooked_at(model, *heads):
+        return False
+    if is_bridge(model):
+        return _bridge_attends_as_known(model)
+    return (
         (rotary or (cfg.positional_embedding_type in ("standard", "alibi") and not cfg.use_qk_norm))
         and cfg.clip_qkv is None
         and not (cfg.use_logn_attn or cfg.use_dynamic_ntk_rope)
-        and not hooked(model)
-        and not hooked_at(model, *heads)
     )
+
+
+def _bridge_attends_as_known(model: HookedModel) -> bool:
+    """Tell whether the scores of some tokens in the last layers are the same in both ways; a bridge is tried once.
+
+    What attention a bridge holds is known to transformers alone.
+    """
+    if model not in _known_bridges:
+        layers = model.cfg.n_layers
+        tried = IntegratedGradients(steps=2, first_layer=max(0, layers - 3))
+        tokens = torch.arange(TRIED, device=model.cfg.device)[None] % model.cfg.d_vocab
+        batch = Batch(tokens, prompt_len=2)
+        try:
+            together, by_prefixes = tried._score_together(model, batch), tried._score_by_prefixes(model, batch)
+            _known_bridges[model] = bool((together - by_prefixes).norm() <= 1e-2 * by_prefixes.norm())
+        except (RuntimeError, KeyError, ValueError, EinopsError):  # hook points of other shapes, or none
+            _known_bridges[model] = False
+    return _known_bridges[model]
 
 
 @torch.no_grad()
@@ -217,8 +243,20 @@ def _attributions(
 
 
 def _key_name(model: HookedModel) -> str:
-    """Return the hook point of keys as attention uses them: after rotation where positions are rotary."""
-    return "attn.hook_rot_k" if model.cfg.positional_embedding_type == "rotary" else "attn.hook_k"
+    """Return the hook point of keys as attention uses them: after rotation where positions are rotary.
+
+    A bridge shows them before; the product of a position's own query and key is the same.
+    """
+    is_rotary = model.cfg.positional_embedding_type == "rotary" and not is_bridge(model)
+    return "attn.hook_rot_k" if is_rotary else "attn.hook_k"
+
+
+def _attention_scale(model: HookedModel, layer: int) -> float:
+    """Return what products of queries and keys are divided by; a bridge's attention multiplies."""
+    attention = model.blocks[layer].attn
+    if not is_bridge(model):
+        return attention.attn_scale
+    return 1 / getattr(attention.original_component, "scaling", model.cfg.d_head**-0.5)
 
 
 def _clean_past_hooks(
@@ -227,23 +265,27 @@ def _clean_past_hooks(
     """Return hooks that let every position of a layer attend to the clean past and its own perturbed self (step 3)."""
     from transformer_lens.utilities.activation_functions import apply_softcap
 
-    attention = model.blocks[layer].attn
+    scale = _attention_scale(model, layer)
     key_name = _key_name(model)
     clean_key, clean_value = cache[f"blocks.{layer}.{key_name}"][row], cache[f"blocks.{layer}.attn.hook_v"][row]
     own: dict[str, Tensor] = {}
 
-    def to_all_heads(heads: Float[Tensor, "copy pos kv_head d_head"]) -> Float[Tensor, "copy pos head d_head"]:
+    def by_head(heads: Float[Tensor, "copy pos *head"]) -> Float[Tensor, "copy pos some_head d_head"]:
+        return heads.unflatten(2, (-1, model.cfg.d_head)) if heads.ndim == 3 else heads  # side by side in a bridge
+
+    def to_all_heads(heads: Float[Tensor, "copy pos *kv_head"]) -> Float[Tensor, "copy pos head d_head"]:
+        heads = by_head(heads)
         return heads.repeat_interleave(model.cfg.n_heads // heads.shape[2], dim=2)
 
     def own_product(keys: Float[Tensor, "copy pos head d_head"]) -> Float[Tensor, "copy head pos"]:
         products = einsum(own["query"], keys, "copy pos head d, copy pos head d -> copy head pos")
-        return products / attention.attn_scale
+        return products / scale
 
     def capped(scores: Tensor) -> Tensor:
         return apply_softcap(scores, model.cfg.attn_scores_soft_cap)
 
     def keep_query(query: Tensor, hook: HookPoint) -> None:
-        own["query"] = query
+        own["query"] = by_head(query)
 
     def keep_pattern(pattern: Tensor, hook: HookPoint) -> None:
         own["attention"] = rearrange(pattern.diagonal(dim1=2, dim2=3), "copy head pos -> copy pos head 1")
@@ -264,7 +306,7 @@ def _clean_past_hooks(
         return scores + torch.diag_embed(change)
 
     def own_value(read: Tensor, hook: HookPoint) -> Tensor:
-        return read + own["attention"].to(read.dtype) * own["value_change"]
+        return read + (own["attention"].to(read.dtype) * own["value_change"]).reshape(read.shape)
 
     query_name = key_name.replace("_k", "_q")
     hooks: dict[str, Hook] = {
