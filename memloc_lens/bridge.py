@@ -161,10 +161,10 @@ def _check_layers_alone(model: Any) -> None:
 
 def _check_neurons_write(model: Any) -> None:
     """Refuse neurons whose activations times `W_out` are not what the MLP writes, unless hooks change that."""
-    mlp = model.blocks[0].mlp
-    seen: dict[str, Tensor] = {}
+    mlp, rows = model.blocks[0].mlp, (2, 3)
     if any(part._forward_hooks for part in mlp.modules()):
         return
+    seen: dict[str, Tensor] = {}
     handles = [
         model.hook_dict["blocks.0.mlp.hook_post"].register_forward_hook(
             lambda point, given, output: seen.update(activations=output)
@@ -172,16 +172,23 @@ def _check_neurons_write(model: Any) -> None:
         mlp.register_forward_hook(lambda module, given, output: seen.update(written=output)),
     ]
     try:
-        model(torch.zeros(1, 1, dtype=torch.long, device=model.cfg.device), return_type="logits")
+        model(torch.zeros(rows, dtype=torch.long, device=model.cfg.device), return_type="logits")
     finally:
         for handle in handles:
             handle.remove()
-    bias = mlp.b_out if getattr(mlp, "b_out", None) is not None else 0
-    if "written" not in seen or not _agree(seen["activations"] @ mlp.W_out + bias, seen["written"]):
+    expected = {"activations": (*rows, model.cfg.d_mlp), "written": (*rows, model.cfg.d_model)}
+    shapes = {name: tuple(values.shape) for name, values in seen.items()}
+    if shapes != expected or not _agree(_written(mlp, seen["activations"]), seen["written"]):
         raise ValueError(
             f"{model.cfg.model_name} cannot be used as a TransformerBridge: blocks.0.mlp.hook_post times W_out is not "
             "what the MLP writes"
         )
+
+
+def _written(mlp: Any, activations: Float[Tensor, "row pos neuron"]) -> Float[Tensor, "row pos d_model"]:
+    written = activations @ mlp.W_out
+    bias = getattr(mlp, "b_out", None)
+    return written if bias is None else written + bias
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformer_lens import HookedTransformer
 from transformer_lens.hook_points import HookPoint
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedModel as Original
@@ -35,6 +34,7 @@ from memloc_lens.components import Component
 from memloc_lens.erase import Budget, Spared
 from memloc_lens.erase.audit import audit, write_audit
 from memloc_lens.erase.relearning import Relearning
+from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.folder import RunFolder
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -87,20 +87,20 @@ def folder(architecture, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def any_model(folder) -> HookedTransformer:
+def any_model(folder) -> HookedModel:
     """A model of each architecture, in float64 so that exact methods can be compared closely."""
     return load_model(folder, device="cpu", dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")
-def gpt2(tmp_path_factory) -> HookedTransformer:
+def gpt2(tmp_path_factory) -> HookedModel:
     path = tmp_path_factory.mktemp("plain-gpt2")
     make_original("gpt2").save_pretrained(path)
     return load_model(path, device="cpu", dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")
-def embedded() -> HookedTransformer:
+def embedded() -> HookedModel:
     return load_model(device="cpu")
 
 
@@ -114,15 +114,13 @@ def sequence() -> MemorizedSequence:
     return random_sequence()
 
 
-def some_of(
-    model: HookedTransformer, component: Component = NEURONS, share: float = 0.3, seed: int = 0
-) -> ComponentSet:
+def some_of(model: HookedModel, component: Component = NEURONS, share: float = 0.3, seed: int = 0) -> ComponentSet:
     """Each component of the model with a probability of `share`."""
     members = torch.rand(component.shape(model), generator=torch.Generator().manual_seed(seed)) < share
     return Neurons(members) if component is NEURONS else ComponentSet(members, component)
 
 
-def state_of(model: HookedTransformer) -> dict:
+def state_of(model: HookedModel) -> dict:
     """Everything of a model that a localizer or an ablation must leave as it was."""
     return {
         "weights": {name: value.clone() for name, value in model.state_dict().items()},

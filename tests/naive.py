@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from transformer_lens import HookedTransformer
 
 from memloc_lens import MemorizedSequence
+from memloc_lens.library_types import HookedModel
 
 WRITES_WITH = {"neuron": "mlp.W_out", "head": "attn.W_O", "weight": "mlp.W_out"}
 
@@ -19,13 +19,13 @@ def hook_name(layer: int) -> str:
     return f"blocks.{layer}.mlp.hook_post"
 
 
-def shape_of(model: HookedTransformer, component: str) -> tuple[int, ...]:
+def shape_of(model: HookedModel, component: str) -> tuple[int, ...]:
     cfg = model.cfg
     units = {"neuron": (cfg.d_mlp,), "head": (cfg.n_heads,), "weight": (cfg.d_mlp, cfg.d_model)}
     return cfg.n_layers, *units[component]
 
 
-def masked_logits(model: HookedTransformer, tokens: Tensor, masks: Mapping[str, Sequence[Tensor]]) -> Tensor:
+def masked_logits(model: HookedModel, tokens: Tensor, masks: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """The logits with the weights of every component multiplied by its mask, one mask a layer for each kind."""
     weights: dict[str, Tensor] = {}
     for component, by_layer in masks.items():
@@ -37,7 +37,7 @@ def masked_logits(model: HookedTransformer, tokens: Tensor, masks: Mapping[str, 
 
 
 def suffix_loss(
-    model: HookedTransformer,
+    model: HookedModel,
     sequence: MemorizedSequence,
     hooks: list | None = None,
     masks: Mapping[str, Sequence[Tensor]] | None = None,
@@ -48,13 +48,13 @@ def suffix_loss(
     return torch.stack(losses).mean()
 
 
-def post_activations(model: HookedTransformer, sequence: MemorizedSequence) -> Tensor:
+def post_activations(model: HookedModel, sequence: MemorizedSequence) -> Tensor:
     _, cache = model.run_with_cache(sequence.tokens[None])
     return torch.stack([cache[hook_name(layer)][0] for layer in range(model.cfg.n_layers)]).detach()
 
 
 @torch.no_grad()
-def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequence], name: str) -> Tensor:
+def mean_activations(model: HookedModel, sequences: Sequence[MemorizedSequence], name: str) -> Tensor:
     """The mean over every position of every sequence of what passes the hook points of a name, a layer at a time."""
     means = []
     for layer in range(model.cfg.n_layers):
@@ -67,7 +67,7 @@ def mean_activations(model: HookedTransformer, sequences: Sequence[MemorizedSequ
 
 
 @torch.no_grad()
-def zero_out(model: HookedTransformer, sequence: MemorizedSequence, component: str = "neuron") -> Tensor:
+def zero_out(model: HookedModel, sequence: MemorizedSequence, component: str = "neuron") -> Tensor:
     clean = suffix_loss(model, sequence)
     shape = shape_of(model, component)
     scores = torch.zeros(shape, dtype=clean.dtype)
@@ -80,7 +80,7 @@ def zero_out(model: HookedTransformer, sequence: MemorizedSequence, component: s
 
 
 @torch.no_grad()
-def activations(model: HookedTransformer, sequence: MemorizedSequence, reduction: str, component: str) -> Tensor:
+def activations(model: HookedModel, sequence: MemorizedSequence, reduction: str, component: str) -> Tensor:
     _, cache = model.run_with_cache(sequence.tokens[None])
     targets = range(sequence.prompt_len, len(sequence.tokens))
     scores = torch.zeros(shape_of(model, component), dtype=torch.float64)
@@ -100,7 +100,7 @@ def activations(model: HookedTransformer, sequence: MemorizedSequence, reduction
 
 
 @torch.no_grad()
-def weight_norms(model: HookedTransformer, component: str) -> Tensor:
+def weight_norms(model: HookedModel, component: str) -> Tensor:
     shape = shape_of(model, component)
     scores = torch.zeros(shape)
     for layer in range(shape[0]):
@@ -112,7 +112,7 @@ def weight_norms(model: HookedTransformer, component: str) -> Tensor:
 
 
 def integrated_gradients(
-    model: HookedTransformer, sequence: MemorizedSequence, steps: int, fractions: Sequence[float] = ()
+    model: HookedModel, sequence: MemorizedSequence, steps: int, fractions: Sequence[float] = ()
 ) -> Tensor:
     """One prefix a target position, and one run of it for each layer and point of the integral."""
     fractions = fractions or [step / max(steps - 1, 1) for step in range(steps)]
@@ -136,7 +136,7 @@ def integrated_gradients(
     return scores
 
 
-def log_odds(model: HookedTransformer, sequence: MemorizedSequence, masks: Mapping[str, Sequence[Tensor]]) -> Tensor:
+def log_odds(model: HookedModel, sequence: MemorizedSequence, masks: Mapping[str, Sequence[Tensor]]) -> Tensor:
     """log p - log(1 - p) of every target: its logit less the log-sum-exp of the logits of all other tokens."""
     logits = masked_logits(model, sequence.tokens[None], masks)[0]
     values = []
@@ -147,7 +147,7 @@ def log_odds(model: HookedTransformer, sequence: MemorizedSequence, masks: Mappi
 
 
 def gradient(
-    model: HookedTransformer, sequence: MemorizedSequence, objective: str, component: str, mask: Tensor | None = None
+    model: HookedModel, sequence: MemorizedSequence, objective: str, component: str, mask: Tensor | None = None
 ) -> Tensor:
     """The derivative of the mean over targets of what is asked for, by a mask of ones or another."""
     start = torch.ones(shape_of(model, component), dtype=torch.float64) if mask is None else mask
@@ -162,7 +162,7 @@ def gradient(
     return torch.autograd.grad(values.mean(), mask)[0]
 
 
-def prior(model: HookedTransformer, context: Sequence[MemorizedSequence], weight: float, component: str) -> Tensor:
+def prior(model: HookedModel, context: Sequence[MemorizedSequence], weight: float, component: str) -> Tensor:
     """weight * RMS^2 / mean RMS, with a gradient for every position of every sequence of the context."""
     squares = []
     for sequence in context:
@@ -175,7 +175,7 @@ def prior(model: HookedTransformer, context: Sequence[MemorizedSequence], weight
 
 
 def iterative_gradient(
-    model: HookedTransformer, sequence: MemorizedSequence, rounds: int, objective: str, max_ratio: float,
+    model: HookedModel, sequence: MemorizedSequence, rounds: int, objective: str, max_ratio: float,
     schedule: str, scope: str, first_layer: int = 0, component: str = "neuron",
 ) -> list[list[tuple[int, ...]]]:  # fmt: skip
     """What is locked after each round, in the order of locking."""
@@ -202,7 +202,7 @@ def iterative_gradient(
 
 
 def slimming(
-    model: HookedTransformer, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, component: str
+    model: HookedModel, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, component: str
 ) -> Tensor:
     """Adam written out, and one mask tensor a layer."""
     shape = shape_of(model, component)
@@ -215,7 +215,7 @@ def slimming(
 
 
 def hard_concrete(
-    model: HookedTransformer, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, init: float,
+    model: HookedModel, sequence: MemorizedSequence, steps: int, lr: float, penalty: float, init: float,
     temperature: float, seed: int, component: str,
 ) -> Tensor:  # fmt: skip
     generator = torch.Generator().manual_seed(seed)

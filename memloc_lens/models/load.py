@@ -80,10 +80,8 @@ def load_model(
     except Exception as error:  # a configuration that contradicts itself raises whatever met it first
         raise ValueError(f"{str(name)!r} cannot be used: {reason(error)}") from error
     model.cfg.model_name, model.cfg.device = original.name, str(device)
-    if backend == "bridge":
-        return check_model(model.to(device).eval())
     # as a string: of a torch.device, TransformerLens keeps "cuda" in the configuration and drops the index
-    return model.to(str(device), print_details=False).eval()
+    return check_model(model.to(str(device), print_details=False).eval())
 
 
 def check_backend(backend: object) -> Backend:
