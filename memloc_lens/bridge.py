@@ -79,6 +79,17 @@ def per_head(model: HookedModel, read: Float[Tensor, "row pos *heads"]) -> Float
     return rearrange(read, "row pos (head d) -> row pos head d", head=model.cfg.n_heads) if read.ndim == 3 else read
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Tell whether a module has any forward hook, the package's own ones included, a bridge's own ones not."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(not is_of_library(function) for function in hooks)
+
+
+def is_of_library(function: Any) -> bool:
+    """Tell whether a hook is one that a `TransformerBridge`, or transformers, puts on its own parts."""
+    return str(getattr(function, "__module__", "")).startswith(("transformer_lens.model_bridge.", "transformers."))
+
+
 def check_bridge(model: Any) -> None:
     """Refuse a bridge whose layers cannot run by themselves, or whose neurons are not where `W_out` reads them.
 
@@ -160,28 +171,38 @@ def _check_layers_alone(model: Any) -> None:
 
 
 def _check_neurons_write(model: Any) -> None:
-    """Refuse neurons whose activations times `W_out` are not what the MLP writes, unless hooks change that."""
+    """Refuse neurons whose activations times `W_out` are not what the MLP hands on, unless hooks change that."""
     mlp, rows = model.blocks[0].mlp, (2, 3)
-    if any(part._forward_hooks for part in mlp.modules()):
+    if any(map(has_forward_hooks, mlp.modules())):
         return
+    tokens = torch.arange(6, device=model.cfg.device).view(rows) % model.cfg.d_vocab
     seen: dict[str, Tensor] = {}
+
+    def keep_and_negate(module: Any, given: Any, written: Tensor) -> Tensor:
+        seen["written"] = written
+        return -written
+
     handles = [
         model.hook_dict["blocks.0.mlp.hook_post"].register_forward_hook(
             lambda point, given, output: seen.update(activations=output)
         ),
-        mlp.register_forward_hook(lambda module, given, output: seen.update(written=output)),
+        mlp.register_forward_hook(keep_and_negate),
     ]
     try:
-        model(torch.zeros(rows, dtype=torch.long, device=model.cfg.device), return_type="logits")
+        negated = model(tokens, return_type="logits")
     finally:
         for handle in handles:
             handle.remove()
     expected = {"activations": (*rows, model.cfg.d_mlp), "written": (*rows, model.cfg.d_model)}
     shapes = {name: tuple(values.shape) for name, values in seen.items()}
-    if shapes != expected or not _agree(_written(mlp, seen["activations"]), seen["written"]):
+    if (
+        shapes != expected
+        or not _agree(_written(mlp, seen["activations"]), seen["written"])
+        or torch.equal(negated, model(tokens, return_type="logits"))
+    ):
         raise ValueError(
             f"{model.cfg.model_name} cannot be used as a TransformerBridge: blocks.0.mlp.hook_post times W_out is not "
-            "what the MLP writes"
+            "what the MLP hands on"
         )
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear
 
-from memloc_lens.bridge import is_bridge, run_between, stream_entering
+from memloc_lens.bridge import has_forward_hooks, is_bridge, run_between, stream_entering
 from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
-from memloc_lens.hooks import END, has_forward_hooks, hooked, hooked_after_neurons
+from memloc_lens.hooks import END, hooked, hooked_after_neurons
 from memloc_lens.isolation import gradients_possible, isolated
 from memloc_lens.library_types import HookedModel
 from memloc_lens.products import fast_products

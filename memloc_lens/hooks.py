@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.modules import module as torch_modules
 
+from memloc_lens.bridge import has_forward_hooks, is_of_library
 from memloc_lens.library_types import HookedModel, HookPoint
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -53,12 +54,6 @@ def hooked_at(model: HookedModel, *names: str) -> bool:
 def hooked_after_neurons(model: HookedModel, layer: int) -> bool:
     """Tell whether more than a product with `W_out` lies between a layer's neurons and the stream that leaves it."""
     return hooked_at(model, *(f"blocks.{layer}{part}" for part in ("", ".mlp", ".hook_mlp_out", ".hook_resid_post")))
-
-
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Tell whether a module has any forward hook, the package's own ones included, a bridge's own ones not."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(not _is_of_library(function) for function in hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -130,9 +125,4 @@ def _has_global_hooks() -> bool:
 
 
 def _is_own(function: Any) -> bool:
-    return function is None or bool(getattr(function, "memloc_own", False)) or _is_of_library(function)
-
-
-def _is_of_library(function: Any) -> bool:
-    """Tell whether a hook is one that a `TransformerBridge`, or transformers, puts on its own parts."""
-    return str(getattr(function, "__module__", "")).startswith(("transformer_lens.model_bridge.", "transformers."))
+    return function is None or bool(getattr(function, "memloc_own", False)) or is_of_library(function)

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from memloc_lens.bridge import has_forward_hooks
 from memloc_lens.checks import check_first_layer, check_model, in_one_line
 from memloc_lens.components import NEURONS, Component
 from memloc_lens.forward import frozen
-from memloc_lens.hooks import has_forward_hooks
 from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences, equal_length_batches

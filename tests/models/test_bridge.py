@@ -333,7 +333,11 @@ def own_bridge(original: transformers.PreTrainedModel) -> TransformerBridge:
     ("architecture", "changes", "said"),
     [
         ("GraniteForCausalLM", {"logits_scaling": 2.0}, "layers 1 to 2, given the stream that enters them"),
-        ("OPTForCausalLM", {"ffn_dim": 48, "word_embed_proj_dim": 32}, "hook_post times W_out is not what"),
+        (
+            "OPTForCausalLM",
+            {"ffn_dim": 48, "word_embed_proj_dim": 32},
+            "hook_post times W_out is not what the MLP hands on",
+        ),
     ],
 )
 def test_bridges_of_other_kinds_are_refused(architecture, changes, said, sequence):
