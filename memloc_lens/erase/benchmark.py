@@ -37,7 +37,7 @@ from memloc_lens.erase.state import cells
 from memloc_lens.erase.variants import prompts_of
 from memloc_lens.erase.ways import ITERATIVE, WAYS, Forgotten, Task
 from memloc_lens.library_types import HookedModel
-from memloc_lens.models import load_model
+from memloc_lens.models import backend_of, load_model
 from memloc_lens.products import fast_products
 from memloc_lens.runs.command_line import parser, run_command
 from memloc_lens.runs.disk import disk_errors, write_whole
@@ -159,7 +159,9 @@ def _texts(settings: ForgettingSettings, model: HookedModel) -> _Texts:
         )
     retrained = None
     if settings.retrained is not None:
-        retrained = load_model(settings.retrained, device=settings.device, dtype=model.cfg.dtype)
+        retrained = load_model(
+            settings.retrained, device=settings.device, dtype=model.cfg.dtype, backend=backend_of(model)
+        )
     context = {id(each): each for each in context_of(localizer)}  # a wrapper and its localizer read the same
     task = Task(
         model,

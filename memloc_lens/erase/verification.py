@@ -9,7 +9,7 @@ from torch import Tensor
 from memloc_lens.ablation import ablate
 from memloc_lens.components import HEADS, WEIGHTS, ComponentSet
 from memloc_lens.library_types import HookedModel
-from memloc_lens.models import load_model
+from memloc_lens.models import backend_of, load_model
 from memloc_lens.models.verification import LIMITS
 
 TOKENS = 32
@@ -31,14 +31,22 @@ def check_written(model: HookedModel, folder: Path, components: ComponentSet) ->
         >>> from memloc_lens.models import EMBEDDED
         >>> check_written(model, EMBEDDED, Neurons(torch.zeros(6, 768, dtype=torch.bool)))
     """
-    written = load_model(folder, device=model.cfg.device, dtype=model.cfg.dtype)
-    for name, weight in written.named_parameters():
-        expected = model.get_parameter(name)
-        members = _members(name, components)
-        if members is not None:
-            expected = expected.masked_fill(members.to(expected.device), 0)
-        if not torch.equal(weight, expected):
-            raise ValueError(f"what was written is not the model without {components!r}: {name} differs")
+    written = load_model(folder, device=model.cfg.device, dtype=model.cfg.dtype, backend=backend_of(model))
+    changed = 0
+    for layer, (matrix, expected) in enumerate(
+        zip(*(_matrices(part, components) for part in (written, model)), strict=True)
+    ):
+        without = expected.masked_fill(_members(components, layer).to(expected.device), 0)
+        if not torch.equal(matrix, without):
+            raise ValueError(f"what was written is not the model without {components!r}: layer {layer} differs")
+        changed += int((without != expected).sum())
+    originals = dict(model.named_parameters())
+    differences = {name: int((weight != originals[name]).sum()) for name, weight in written.named_parameters()}
+    if sum(differences.values()) != changed:
+        raise ValueError(
+            f"what was written is not the model without {components!r}: {sum(differences.values())} values differ in "
+            f"{', '.join(name for name, count in differences.items() if count)}, and {changed} should"
+        )
     length, drawn = min(TOKENS, model.cfg.n_ctx), torch.Generator("cpu").manual_seed(0)
     tokens = torch.randint(model.cfg.d_vocab, (1, length), generator=drawn, device="cpu")
     with ablate(model, components):
@@ -51,12 +59,14 @@ def check_written(model: HookedModel, folder: Path, components: ComponentSet) ->
         )
 
 
-def _members(name: str, components: ComponentSet) -> Bool[Tensor, "..."] | None:
-    """Return which values of a weight should be zero, in its shape or one that broadcasts to it."""
-    matrix = "attn.W_O" if components.component is HEADS else "mlp.W_out"
-    if not name.endswith(matrix):
-        return None
-    members = components.layer(int(name.split(".")[1]))
+def _matrices(model: HookedModel, components: ComponentSet) -> list[Tensor]:
+    """Return the weights that the components of each layer write with."""
+    return [block.attn.W_O if components.component is HEADS else block.mlp.W_out for block in model.blocks]
+
+
+def _members(components: ComponentSet, layer: int) -> Bool[Tensor, "..."]:
+    """Return which values of a layer's weights should be zero, in a shape that broadcasts to theirs."""
+    members = components.layer(layer)
     missing = 2 if components.component is HEADS else int(components.component is not WEIGHTS)
     return members.view(*members.shape, *[1] * missing)
 

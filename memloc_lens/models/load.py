@@ -17,6 +17,7 @@ from typing import Any, get_args
 
 import torch
 
+from memloc_lens.bridge import is_bridge
 from memloc_lens.checks import check_choice, check_model, reason
 from memloc_lens.library_types import HookedModel, PreTrainedModel, PreTrainedTokenizerBase
 from memloc_lens.models.accepted import DTYPES, Backend, default_backend, possible_names
@@ -99,6 +100,17 @@ def check_backend(backend: object) -> Backend:
             "transformer-lens<4"
         )
     return "bridge" if backend == "bridge" else "hooked"
+
+
+def backend_of(model: HookedModel) -> Backend:
+    """Return the backend that a model was made with.
+
+    Example:
+        >>> from memloc_lens.models import backend_of
+        >>> backend_of(load_model(backend="bridge"))
+        'bridge'
+    """
+    return "bridge" if is_bridge(model) else "hooked"
 
 
 def check_device(device: str | torch.device | None) -> torch.device:

@@ -225,7 +225,9 @@ def test_wrong_targets_and_sources(gpt2_folder, plain, tmp_path):
     other = make_original("gpt2")
     other.transformer.wte.weight.data[3] += 1
     other.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"what was written is not the model without .*: embed.W_E differs"):
+    with pytest.raises(
+        ValueError, match=r"what was written is not the model without .*: \d+ values differ in embed.W_E"
+    ):
         write_checkpoint(tmp_path / "other", tmp_path / "erased", chosen, model=plain)
 
 
