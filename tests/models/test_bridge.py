@@ -31,6 +31,7 @@ from memloc_lens import (
 )
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.bridge import is_bridge, run_between, stream_entering
+from memloc_lens.erase import write_checkpoint
 from memloc_lens.forward import PrefixCache, clean_pass
 from memloc_lens.localizers import integrated_gradients
 from memloc_lens.metrics import free_running, suffix_loss, suffix_probabilities, teacher_forced
@@ -379,3 +380,15 @@ def test_benchmarks_run_on_a_bridge_and_find_the_same(benchmark, small_del, smal
         for name, value in expected.items():
             if name != "crc32":
                 assert own[name] == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value), name
+
+
+@pytest.mark.parametrize("component", COMPONENTS.values(), ids=COMPONENTS)
+def test_a_checkpoint_that_a_bridge_wrote_is_the_ablated_model(component, recited, tmp_path):
+    model = load_model(recited / "model", device="cpu", backend="bridge")
+    components = some_of(model, component)
+    folder = write_checkpoint(recited / "model", tmp_path / "erased", components, model=model)
+    tokens = random_sequence().tokens[None]
+    with torch.no_grad(), ablate(model, components):
+        expected = model(tokens, return_type="logits")
+    written = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    torch.testing.assert_close(written(tokens).logits, expected, rtol=1e-4, atol=1e-4)
