@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import gelu, layer_norm
 
+from memloc_lens.bridge import is_bridge
 from memloc_lens.checks import check_model
 from memloc_lens.hooks import has_hooks, own
 from memloc_lens.library_types import HookedModel, LayerNorm
@@ -20,7 +21,7 @@ def prepare(model: HookedModel) -> None:
     `load_model` does this to every model; a second time changes nothing.
 
     Args:
-        model: any `HookedTransformer` that `check_model` lets pass, changed in place.
+        model: any `HookedTransformer` that `check_model` lets pass, changed in place; a bridge stays as it is.
 
     Raises:
         ValueError: if it is another model.
@@ -34,6 +35,8 @@ def prepare(model: HookedModel) -> None:
         True
     """
     model = check_model(model)
+    if is_bridge(model):
+        return
     _fuse_gelu(model)
     _fuse_norms(model)
     _store_as_multiplied(model)

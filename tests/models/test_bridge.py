@@ -35,7 +35,7 @@ from memloc_lens.erase import write_checkpoint
 from memloc_lens.forward import PrefixCache, clean_pass
 from memloc_lens.localizers import integrated_gradients
 from memloc_lens.metrics import free_running, suffix_loss, suffix_probabilities, teacher_forced
-from memloc_lens.models import accepted, check_backend
+from memloc_lens.models import accepted, check_backend, prepare
 
 HAS_HOOKED = accepted.default_backend() == "hooked"
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2)
@@ -392,3 +392,16 @@ def test_a_checkpoint_that_a_bridge_wrote_is_the_ablated_model(component, recite
         expected = model(tokens, return_type="logits")
     written = transformers.AutoModelForCausalLM.from_pretrained(folder)
     torch.testing.assert_close(written(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_and_preparation(tmp_path, sequence):
+    make("LlamaForCausalLM").save_pretrained(tmp_path)
+    exact, half = (
+        load_model(tmp_path, device="cpu", dtype=dtype, backend="bridge") for dtype in (torch.float32, torch.bfloat16)
+    )
+    half(sequence.tokens[None])  # in the first pass transformers puts hooks of its own on its modules
+    before = state_of(half)
+    prepare(half)
+    scores, expected = ZeroOut()(half, sequence), ZeroOut()(exact, sequence)
+    assert_same_state(before, state_of(half))
+    assert torch.corrcoef(torch.stack([scores.flatten(), expected.flatten()]))[0, 1] > 0.99
