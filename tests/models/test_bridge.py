@@ -399,7 +399,7 @@ def test_half_precision_and_preparation(tmp_path, sequence):
     exact, half = (
         load_model(tmp_path, device="cpu", dtype=dtype, backend="bridge") for dtype in (torch.float32, torch.bfloat16)
     )
-    half(sequence.tokens[None])  # in the first pass transformers puts hooks of its own on its modules
+    Activations()(half, sequence)  # in its first pass transformers puts hooks of its own on its modules
     before = state_of(half)
     prepare(half)
     scores, expected = ZeroOut()(half, sequence), ZeroOut()(exact, sequence)
