@@ -122,7 +122,7 @@ def _edited_activations(hook_point: str, model: HookedModel, edits: Mapping[int,
 
 def _edited_heads(model: HookedModel, edits: Mapping[int, Edit]) -> AbstractContextManager[None]:
     def by_head(edit: Edit) -> Edit:
-        return lambda read: edit(per_head(model, read)).reshape(read.shape)
+        return lambda read: edit(read) if read.ndim == 4 else edit(per_head(model, read)).flatten(2)
 
     return _edited_activations("attn.hook_z", model, {layer: by_head(edit) for layer, edit in edits.items()})
 

@@ -161,7 +161,7 @@ def test_masks_of_a_model_with_a_norm_after_the_mlp(gpt2, sequence, localizer, f
     """The form that runs the first masked layer again must agree where both hold."""
     localizer = replace(localizer, first_layer=first_layer)
     scores = localizer(gpt2, sequence)
-    monkeypatch.setattr("memloc_lens.localizers.masking.norm_after_mlp", lambda model: True)
+    monkeypatch.setattr("memloc_lens.forward.norm_after_mlp", lambda model: True)
     assert torch.allclose(localizer(gpt2, sequence), scores, atol=1e-6)
 
 
