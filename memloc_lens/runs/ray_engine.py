@@ -5,6 +5,7 @@
 3. A worker that dies is replaced and its job tried again. After three tries the job has failed: the others go on, and
    the run ends with an error that names it. It has no record, so repeating the command tries it again.
 4. An error that a job itself raises ends the run, as in one process.
+5. Workers with nothing left to do stay as long as the engine does, for steps that follow with the same model.
 """
 
 import logging
@@ -17,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -55,6 +56,8 @@ class RayEngine:
     workers: int | None = None
     gpus: float = 0
     address: str | None = None
+    _idle: dict[bytes, list[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Workers of the last call, by what makes them; ray ends those that nothing refers to."""
 
     def __call__(self, make_worker: MakeWorker, jobs: Iterable[Job]) -> Iterator[Record]:
         """Run the jobs.
@@ -67,9 +70,13 @@ class RayEngine:
         _connect(self.address, (self.workers or 1) * cores)
         actor: Any = ray.remote(RayWorker)
         actor = actor.options(num_gpus=self.gpus, num_cpus=cores)
-        start = partial(actor.remote, pickle.dumps(make_worker), threads, os.getcwd(), sys.path)
-        with closing(Crew(start, self._size(cores))) as crew:
+        work = pickle.dumps(make_worker)
+        start = partial(actor.remote, work, threads, os.getcwd(), sys.path)
+        idle = self._idle.pop(work, [])
+        self._idle.clear()
+        with closing(Crew(start, self._size(cores), idle)) as crew:
             yield from crew.run(jobs)
+            self._idle[work] = crew.at_rest()
 
     def _size(self, cores: int) -> int:
         """Return how many workers there are to be; a cluster that is there may grow."""
@@ -160,12 +167,13 @@ class Crew:
     Args:
         start: starts a worker.
         size: how many workers there are at most.
+        idle: workers that run already.
     """
 
-    def __init__(self, start: Callable[[], Any], size: int) -> None:
+    def __init__(self, start: Callable[[], Any], size: int, idle: Iterable[Any] = ()) -> None:
         self._start, self._size = start, size
         self._starting: dict[Any, Any] = {}
-        self._idle: list[Any] = []
+        self._idle = [*idle]
         self._busy: dict[Any, tuple[Any, Attempt]] = {}
         self._waiting: list[Attempt] = []
         self._failed: list[Attempt] = []
@@ -187,8 +195,13 @@ class Crew:
         if self._failed:
             raise ValueError(_named(self._failed))
 
+    def at_rest(self) -> list[Any]:
+        """Let go of the workers that are idle, and return them."""
+        idle, self._idle = self._idle, []
+        return idle
+
     def close(self) -> None:
-        """End all workers."""
+        """End all workers that are left."""
         workers = [*self._starting.values(), *self._idle, *(worker for worker, _ in self._busy.values())]
         for worker in workers if ray.is_initialized() else ():
             ray.kill(worker)

@@ -2,9 +2,11 @@
 
 import os
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ray_jobs import MakeWork, Mortal, make_work
@@ -14,7 +16,7 @@ from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.data import find
 from memloc_lens.data.found import FindSettings
 from memloc_lens.runs.folder import RunFolder
-from memloc_lens.runs.jobs import Job, run_jobs
+from memloc_lens.runs.jobs import InMemory, Job, run_jobs
 from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.scores import read_scores
 
@@ -135,3 +137,26 @@ def test_more_workers_than_there_is_room_for():
         next(iter(RayEngine(workers=3)(make_work, [])))
     with pytest.raises(ValueError, match="workers is 1, and there is room for 0 that take 1 cores and 0"):
         next(iter(RayEngine(gpus=0.5)(make_work, [])))
+
+
+def test_steps_share_their_workers_and_the_next_work_does_not(tmp_path):
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    (one := tmp_path / "one").mkdir()
+    (other := tmp_path / "other").mkdir()
+    engine, make_one = RayEngine(workers=1), MakeWork(one)
+    for step, make_worker in (("0", make_one), ("1", make_one), ("2", MakeWork(other))):
+        run_jobs(make_worker, [Job(((step, "a"),), "")], InMemory("name", "part"), engine)
+    first, second, third = (file.read_text() for file in (one / "0", one / "1", other / "2"))
+    assert first == second != third
+    assert not is_alive(int(first))
+    assert is_alive(int(third))
+    del engine
+    assert not is_alive(int(third))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there for more than a moment."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.wait_procs([psutil.Process(pid)], timeout=3)[1])
+    return False

@@ -1,0 +1,276 @@
+"""Disturb runs on workers of ray, once each, resume those that end, and compare with runs that nobody disturbed.
+
+``python tests/end_to_end/faults.py --faults 50`` prints a line for each fault; the test suite makes a few.
+
+1. A worker is killed, or its node with all that is on it: the run goes on by itself.
+2. The command is killed, or told to end, or its disk is full: none of its processes is left, and the same command
+   resumes the run. A full disk is one error.
+
+Mounting a small disk takes the rights of root.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import kills
+
+from memloc_lens.runs.records import KEY
+
+RAY = "--engine ray --workers 2".split()
+METHODS = "--methods random activations zero-out hard-concrete slimming".split()
+"""Some of them take a while."""
+FURTHER = {"del": METHODS, "inj": METHODS, "find": []}
+KEYS = {"del": KEY, "inj": KEY, "find": ("step", "tokens_sha256")}
+PATIENCE = 240
+"""Seconds after which a run hangs."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where runs are disturbed.
+
+    Args:
+        disk: a small one, for run folders only.
+        cluster: of two nodes, each with room for a worker.
+    """
+
+    disk: Path
+    cluster: Any
+
+    @property
+    def filler(self) -> Path:
+        """A file that takes all room of the disk."""
+        return self.disk / "filler"
+
+    def mend(self) -> None:
+        """Make room on the disk, and replace a node that is lost."""
+        self.filler.unlink(missing_ok=True)
+        if not self.cluster.worker_nodes:
+            self.cluster.add_node(**NODE)
+
+
+NODE = dict(num_cpus=1, object_store_memory=2**27)
+
+
+@contextmanager
+def made_site(folder: Path) -> Iterator[Site]:
+    """Mount a disk in a folder and start a cluster, and undo both.
+
+    Raises:
+        PermissionError: if no disk can be mounted.
+    """
+    (disk := folder / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        raise PermissionError(f"no disk can be mounted: {mounted.stderr}")
+    try:
+        from ray.cluster_utils import Cluster
+
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | dict(include_dashboard=False))
+        try:
+            yield Site(disk, cluster)
+        finally:
+            cluster.shutdown()
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def workers() -> list[psutil.Process]:
+    """The workers of ray that this process and those that it started have."""
+    return [own for own in psutil.Process().children(recursive=True) if command_of(own).startswith("ray::RayWorker")]
+
+
+def command_of(process: psutil.Process) -> str:
+    """What a process runs; nothing if it has ended."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def kill_worker(site: Site, pid: int) -> None:
+    """Kill a worker."""
+    workers()[0].kill()
+
+
+def kill_node(site: Site, pid: int) -> None:
+    """Kill the node that is not the head."""
+    site.cluster.remove_node(*site.cluster.worker_nodes, allow_graceful=False)
+
+
+def replace_node(site: Site, pid: int) -> None:
+    """Kill the node that is not the head, and let another one join."""
+    kill_node(site, pid)
+    site.mend()
+
+
+def kill_command(site: Site, pid: int) -> None:
+    """Kill the process of the command."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def end_command(site: Site, pid: int) -> None:
+    """Tell the command to end."""
+    os.kill(pid, signal.SIGTERM)
+
+
+def fill_disk(site: Site, pid: int) -> None:
+    """Leave no room on the disk."""
+    with suppress(OSError), site.filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+FAULTS: dict[str, tuple[Callable[[Site, int], None], int]] = {
+    "worker": (kill_worker, 0),
+    "node": (kill_node, 0),
+    "KILL": (kill_command, -signal.SIGKILL),
+    "replaced": (replace_node, 0),
+    "disk": (fill_disk, 1),
+    "TERM": (end_command, 128 + signal.SIGTERM),
+}
+"""What disturbs a run, and the exit status that it then has."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """How a run was disturbed: after how many records, how it ended, what it said, and all that is wrong."""
+
+    kind: str
+    name: str
+    records: int
+    exitcode: int | None
+    said: str
+    wrong: list[str]
+
+
+def faults(data: Path, site: Site, count: int, seed: int = 0) -> Iterator[Fault]:
+    """Disturb runs of all kinds by all faults in turn, and resume those that end until they are finished."""
+    draw = random.Random(seed)
+    whole = {kind: data / f"whole-{kind}" for kind in kills.MODULES}
+    for kind, out in whole.items():
+        kills.finish(kind, data, out, FURTHER[kind])
+    kinds, names = list(kills.MODULES), list(FAULTS)
+    pairs = [(kinds[(turn + shift) % 3], name) for shift in range(3) for turn, name in enumerate(names)]
+    made = 0
+    while made < count:
+        kind, name = pairs[made % len(pairs)]
+        fault = disturbed(kind, name, data, site, whole[kind], draw)
+        if fault:
+            yield fault
+            made += 1
+
+
+def disturbed(kind: str, name: str, data: Path, site: Site, whole: Path, draw: random.Random) -> Fault | None:
+    """Disturb a run and have it finished; none if it was finished before it could be disturbed."""
+    out, (strike, expected) = site.disk / "run", FAULTS[name]
+    shutil.rmtree(out, ignore_errors=True)
+    on_cluster = ["--address", site.cluster.address] if strike in (kill_node, replace_node) else []
+    options = [*FURTHER[kind], *RAY, *on_cluster]
+    process = kills.start(kind, data, out, options)
+    wait(process, out, draw.randrange(len(lines_of(whole))), draw.expovariate(5))
+    records, struck = len(lines_of(out)), process.exitcode is None and bool(workers())
+    if struck:
+        strike(site, process.pid)
+    process.join(PATIENCE)
+    lines, said = lines_of(out), kills.said_by(out).read_text()
+    site.mend()
+    if process.exitcode == 0 and (not struck or expected == 1):  # or what was left to write had room
+        return None
+    wrong = list(wrong_end(process, expected, said))
+    if process.exitcode:
+        kills.finish(kind, data, out, options)
+    return Fault(kind, name, records, process.exitcode, said, wrong + list(differences(kind, out, lines, whole)))
+
+
+def wrong_end(process: Any, expected: int, said: str) -> Iterator[str]:
+    """What is wrong with how a run has ended."""
+    if process.exitcode is None:
+        yield "it hangs"
+        process.kill()
+        process.join()
+    elif process.exitcode != expected:
+        yield f"the exit status is {process.exitcode}"
+    if expected == 1 and ("Traceback" in said or sum(line.startswith("error: ") for line in said.splitlines()) != 1):
+        yield "no single error"
+    if psutil.wait_procs(workers(), timeout=30)[1]:
+        yield "workers are left"
+
+
+def wait(process: Any, out: Path, records: int, seconds: float) -> None:
+    """Wait until a run has so many records and a worker, and then some seconds; or until it has ended."""
+    while process.exitcode is None and (len(lines_of(out)) < records or not workers()):
+        time.sleep(0.005)
+    time.sleep(seconds)
+
+
+def lines_of(out: Path) -> list[bytes]:
+    """The whole lines of the records that a run has written so far."""
+    file = out / "records.jsonl"
+    return (
+        [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] if file.exists() else []
+    )
+
+
+def differences(kind: str, out: Path, lines: list[bytes], whole: Path) -> Iterator[str]:
+    """What is lost of the lines that a run had, or is not as in a run that nobody disturbed."""
+    if lines_of(out)[: len(lines)] != lines:
+        yield "records are lost"
+    keys, expected = (
+        [tuple(json.loads(line)[n] for n in KEYS[kind]) for line in lines_of(run)] for run in (out, whole)
+    )
+    if len(set(keys)) < len(keys):
+        yield "records are written twice"
+    if set(keys) != set(expected):
+        yield "records are missing, or more than there should be"
+    if kills.result(kind, out) != kills.result(kind, whole):
+        yield "the result is another"
+
+
+def keys_of(kind: str, out: Path) -> list[tuple[Any, ...]]:
+    """What identifies each record of a run."""
+    records = map(json.loads, lines_of(out))
+    return [tuple(record[name] for name in KEYS[kind]) for record in records]
+
+
+def main() -> None:
+    """Disturb many runs, and print what became of each."""
+    import tempfile
+
+    from conftest import make_recited
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--faults", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name, made_site(Path(name)) as site:
+        (data := Path(name) / "recited").mkdir()
+        make_recited(data)
+        exact = 0
+        for fault in faults(data, site, options.faults, options.seed):
+            exact += not fault.wrong
+            print(
+                f"{fault.kind:4} {fault.name:8} after {fault.records:2} records, exit {fault.exitcode:4}: "
+                f"{'; '.join(fault.wrong) or 'exact'}",
+                flush=True,
+            )
+        print(f"{exact} of {options.faults} exact")
+
+
+if __name__ == "__main__":
+    main()
