@@ -17,14 +17,18 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import psutil
+from ray.cluster_utils import Cluster
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -33,9 +37,8 @@ import kills
 from memloc_lens.runs.records import KEY
 
 RAY = "--engine ray --workers 2".split()
-METHODS = "--methods random activations zero-out hard-concrete slimming".split()
-"""Some of them take a while."""
-FURTHER = {"del": METHODS, "inj": METHODS, "find": []}
+FURTHER = {"del": "--methods random activations zero-out hard-concrete slimming".split(), "inj": [], "find": []}
+"""DEL has a method that takes a while; INJ trains for every injection."""
 KEYS = {"del": KEY, "inj": KEY, "find": ("step", "tokens_sha256")}
 PATIENCE = 240
 """Seconds after which a run hangs."""
@@ -51,7 +54,7 @@ class Site:
     """
 
     disk: Path
-    cluster: Any
+    cluster: Cluster
 
     @property
     def filler(self) -> Path:
@@ -76,19 +79,19 @@ def made_site(folder: Path) -> Iterator[Site]:
         PermissionError: if no disk can be mounted.
     """
     (disk := folder / "disk").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
     if mounted.returncode:
         raise PermissionError(f"no disk can be mounted: {mounted.stderr}")
-    try:
-        from ray.cluster_utils import Cluster
-
+    with ExitStack() as stack:
+        stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
+        # "auto" still finds the cluster of the user; paths of sockets have to be short
+        own = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
+        stack.enter_context(patch.dict(os.environ, RAY_TMPDIR=stack.enter_context(own)))
         cluster = Cluster(initialize_head=True, head_node_args=NODE | dict(include_dashboard=False))
-        try:
-            yield Site(disk, cluster)
-        finally:
-            cluster.shutdown()
-    finally:
-        subprocess.run(["umount", "--lazy", disk], check=True)
+        stack.callback(cluster.shutdown)
+        cluster.add_node(**NODE)
+        yield Site(disk, cluster)
 
 
 def workers() -> list[psutil.Process]:
@@ -159,21 +162,22 @@ class Fault:
     wrong: list[str]
 
 
-def faults(data: Path, site: Site, count: int, seed: int = 0) -> Iterator[Fault]:
-    """Disturb runs of all kinds by all faults in turn, and resume those that end until they are finished."""
+def faults(data: Path, site: Site, pairs: Iterable[tuple[str, str]], seed: int = 0) -> Iterator[Fault]:
+    """Disturb a run for each pair of a kind and a fault, and resume it, if it ends, until it is finished."""
     draw = random.Random(seed)
-    whole = {kind: data / f"whole-{kind}" for kind in kills.MODULES}
-    for kind, out in whole.items():
-        kills.finish(kind, data, out, FURTHER[kind])
-    kinds, names = list(kills.MODULES), list(FAULTS)
-    pairs = [(kinds[(turn + shift) % 3], name) for shift in range(3) for turn, name in enumerate(names)]
-    made = 0
-    while made < count:
-        kind, name = pairs[made % len(pairs)]
-        fault = disturbed(kind, name, data, site, whole[kind], draw)
-        if fault:
-            yield fault
-            made += 1
+    for kind, name in pairs:
+        whole = site.disk.with_name(f"whole-{kind}")
+        if not whole.exists():
+            kills.finish(kind, data, whole, FURTHER[kind])
+        while not (fault := disturbed(kind, name, data, site, whole, draw)):
+            pass
+        yield fault
+
+
+def pairs_in_turn() -> Iterator[tuple[str, str]]:
+    """All pairs of a kind of run and a fault, over and over."""
+    for turn, name in enumerate(cycle(FAULTS)):
+        yield list(kills.MODULES)[(turn + turn // len(FAULTS)) % len(kills.MODULES)], name
 
 
 def disturbed(kind: str, name: str, data: Path, site: Site, whole: Path, draw: random.Random) -> Fault | None:
@@ -250,8 +254,6 @@ def keys_of(kind: str, out: Path) -> list[tuple[Any, ...]]:
 
 def main() -> None:
     """Disturb many runs, and print what became of each."""
-    import tempfile
-
     from conftest import make_recited
 
     parser = argparse.ArgumentParser()
@@ -262,7 +264,7 @@ def main() -> None:
         (data := Path(name) / "recited").mkdir()
         make_recited(data)
         exact = 0
-        for fault in faults(data, site, options.faults, options.seed):
+        for fault in faults(data, site, islice(pairs_in_turn(), options.faults), options.seed):
             exact += not fault.wrong
             print(
                 f"{fault.kind:4} {fault.name:8} after {fault.records:2} records, exit {fault.exitcode:4}: "
