@@ -17,7 +17,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -74,9 +74,13 @@ class RayEngine:
         start = partial(actor.remote, work, threads, os.getcwd(), sys.path)
         idle = self._idle.pop(work, [])
         self._idle.clear()
-        with closing(Crew(start, self._size(cores), idle)) as crew:
+        crew = Crew(start, self._size(cores), idle)
+        try:
             yield from crew.run(jobs)
-            self._idle[work] = crew.at_rest()
+        except BaseException:
+            crew.kill()
+            raise
+        self._idle[work] = crew.idle
 
     def _size(self, cores: int) -> int:
         """Return how many workers there are to be; a cluster that is there may grow."""
@@ -98,16 +102,20 @@ def _connect(address: str | None, cores: float) -> None:
     for switch, value in QUIET.items():
         os.environ.setdefault(switch, value)
     own: dict[str, Any] = dict(include_dashboard=False, num_cpus=max(int(cores), os.cpu_count() or 1))
-    earlier = signal.getsignal(signal.SIGTERM)
+    earlier, is_told = signal.getsignal(signal.SIGTERM), False
     try:
         options = {} if address else own
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         what = f"reached at {address}" if address else "started on this machine"
         raise ValueError(f"ray cannot be {what}: {in_one_line(error)}") from error
+    except SystemExit:  # what ray makes of SIGTERM
+        is_told = True
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, earlier)  # ray sets its own
+    if is_told:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def _room(resources: dict[str, float], needs: dict[str, float]) -> int:
@@ -173,7 +181,7 @@ class Crew:
     def __init__(self, start: Callable[[], Any], size: int, idle: Iterable[Any] = ()) -> None:
         self._start, self._size = start, size
         self._starting: dict[Any, Any] = {}
-        self._idle = [*idle]
+        self.idle = [*idle]
         self._busy: dict[Any, tuple[Any, Attempt]] = {}
         self._waiting: list[Attempt] = []
         self._failed: list[Attempt] = []
@@ -195,22 +203,17 @@ class Crew:
         if self._failed:
             raise ValueError(_named(self._failed))
 
-    def at_rest(self) -> list[Any]:
-        """Let go of the workers that are idle, and return them."""
-        idle, self._idle = self._idle, []
-        return idle
-
-    def close(self) -> None:
-        """End all workers that are left."""
-        workers = [*self._starting.values(), *self._idle, *(worker for worker, _ in self._busy.values())]
+    def kill(self) -> None:
+        """Kill all workers, whatever they do."""
+        workers = [*self._starting.values(), *self.idle, *(worker for worker, _ in self._busy.values())]
         for worker in workers if ray.is_initialized() else ():
             ray.kill(worker)
 
     def _hand_out(self, new: Iterator[Attempt]) -> bool:
         """Give a job to every idle worker, and start workers for those left; return whether any job is not done."""
         self._waiting += islice(new, max(0, self._size - len(self._busy) - len(self._waiting)))
-        while self._waiting and self._idle:
-            worker, attempt = self._idle.pop(), self._waiting.pop(0)
+        while self._waiting and self.idle:
+            worker, attempt = self.idle.pop(), self._waiting.pop(0)
             self._busy[worker.work.options(num_returns="streaming").remote(attempt.job)] = worker, attempt
         while len(self._starting) < len(self._waiting):
             worker = self._start()
@@ -228,7 +231,7 @@ class Crew:
                 raise ValueError(f"{TRIES} workers in a row did not start: {_why_dead(error)}") from error
         else:
             self._stillborn = 0
-            self._idle.append(worker)
+            self.idle.append(worker)
 
     def _receive(self, stream: Any) -> Iterator[Record]:
         """Take the next record of a job, or notice that it is done or its worker dead."""
@@ -237,7 +240,7 @@ class Crew:
             files, record = ray.get(next(stream))
         except StopIteration:
             del self._busy[stream]
-            self._idle.append(worker)
+            self.idle.append(worker)
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:

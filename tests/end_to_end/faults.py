@@ -187,19 +187,30 @@ def disturbed(kind: str, name: str, data: Path, site: Site, whole: Path, draw: r
     on_cluster = ["--address", site.cluster.address] if strike in (kill_node, replace_node) else []
     options = [*FURTHER[kind], *RAY, *on_cluster]
     process = kills.start(kind, data, out, options)
-    wait(process, out, draw.randrange(len(lines_of(whole))), draw.expovariate(5))
-    records, struck = len(lines_of(out)), process.exitcode is None and bool(workers())
+    wait(process, out, len(lines_of(whole)), expected != 0, draw)
+    records, struck = len(lines_of(out)), process.exitcode is None and bool(expected or workers())
     if struck:
         strike(site, process.pid)
     process.join(PATIENCE)
     lines, said = lines_of(out), kills.said_by(out).read_text()
     site.mend()
-    if process.exitcode == 0 and (not struck or expected == 1):  # or what was left to write had room
+    if process.exitcode == 0 and (expected or not struck):  # what was left to do was little
         return None
     wrong = list(wrong_end(process, expected, said))
     if process.exitcode:
         kills.finish(kind, data, out, options)
     return Fault(kind, name, records, process.exitcode, said, wrong + list(differences(kind, out, lines, whole)))
+
+
+def wait(process: Any, out: Path, most: int, may_start: bool, draw: random.Random) -> None:
+    """Wait until a run has a random number of records and a worker, or is somewhere in its start; or has ended."""
+    records = draw.randrange(-most // 8, most)
+    starts = may_start and records < 0
+    while process.exitcode is None and not (
+        (out / "config.json").exists() and len(lines_of(out)) >= records and (starts or workers())
+    ):
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 6) if starts else draw.expovariate(5))
 
 
 def wrong_end(process: Any, expected: int, said: str) -> Iterator[str]:
@@ -214,13 +225,6 @@ def wrong_end(process: Any, expected: int, said: str) -> Iterator[str]:
         yield "no single error"
     if psutil.wait_procs(workers(), timeout=30)[1]:
         yield "workers are left"
-
-
-def wait(process: Any, out: Path, records: int, seconds: float) -> None:
-    """Wait until a run has so many records and a worker, and then some seconds; or until it has ended."""
-    while process.exitcode is None and (len(lines_of(out)) < records or not workers()):
-        time.sleep(0.005)
-    time.sleep(seconds)
 
 
 def lines_of(out: Path) -> list[bytes]:

@@ -1,6 +1,9 @@
 """Runs on workers of ray: what they find, and what becomes of a run whose workers die."""
 
 import os
+import signal
+import sys
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import replace
@@ -15,6 +18,7 @@ from conftest import records_of
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.data import find
 from memloc_lens.data.found import FindSettings
+from memloc_lens.runs.command_line import run_command
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.jobs import InMemory, Job, run_jobs
 from memloc_lens.runs.parallel import Parallel
@@ -128,6 +132,23 @@ def test_an_error_of_a_job_ends_the_run_and_keeps_what_was_made(tmp_path):
             run_jobs(MakeWork(work), jobs("fail", ""), folder, RayEngine(workers=1))
         assert [(record["name"], record["part"]) for record in folder.records] == [("0", "a")]
     assert tries(work) == {"0": 1}
+
+
+def test_sigterm_while_ray_starts(monkeypatch, capsys):
+    """Ray then has a handler of its own."""
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    def init(**options):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda arguments: None, lambda _: list(RayEngine()(make_work, [])), print, [])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "repeat the command to resume" in capsys.readouterr().err
 
 
 def test_more_workers_than_there_is_room_for():
