@@ -43,7 +43,7 @@ class ThroughputSettings:
     """
 
     limit: int = 40
-    methods: tuple[str, ...] = ("activations", "gradient", "weight-norm", "random")
+    methods: tuple[str, ...] = ("activations", "gradient")
     ratios: tuple[float, ...] = (0.05, 0.1)
     workers: int = 2
     out: Path | None = None

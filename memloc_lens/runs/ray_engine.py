@@ -104,9 +104,11 @@ def _connect(address: str | None, cores: float) -> None:
     own: dict[str, Any] = dict(include_dashboard=False, num_cpus=max(int(cores), os.cpu_count() or 1))
     earlier, is_told = signal.getsignal(signal.SIGTERM), False
     try:
+        if address:
+            _reach(address)
         options = {} if address else own
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         what = f"reached at {address}" if address else "started on this machine"
         raise ValueError(f"ray cannot be {what}: {in_one_line(error)}") from error
     except SystemExit:  # what ray makes of SIGTERM
@@ -116,6 +118,17 @@ def _connect(address: str | None, cores: float) -> None:
             signal.signal(signal.SIGTERM, earlier)  # ray sets its own
     if is_told:
         signal.raise_signal(signal.SIGTERM)
+
+
+def _reach(address: str) -> None:
+    """Refuse a host and port where nothing answers: ray would try for a quarter of an hour.
+
+    Raises:
+        OSError: saying why.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
 
 
 def _room(resources: dict[str, float], needs: dict[str, float]) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -149,6 +150,17 @@ def test_sigterm_while_ray_starts(monkeypatch, capsys):
         run_command(lambda arguments: None, lambda _: list(RayEngine()(make_work, [])), print, [])
     assert end.value.code == 128 + signal.SIGTERM
     assert "repeat the command to resume" in capsys.readouterr().err
+
+
+def test_an_address_where_nothing_answers(monkeypatch):
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"^ray cannot be reached at {address}: .*refused"):
+            next(iter(RayEngine(address=address)(make_work, [])))
 
 
 def test_more_workers_than_there_is_room_for():
