@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ FURTHER = {"del": "--methods random activations zero-out hard-concrete slimming"
 KEYS = {"del": KEY, "inj": KEY, "find": ("step", "tokens_sha256")}
 PATIENCE = 240
 """Seconds after which a run hangs."""
+NODE = dict(num_cpus=1, object_store_memory=2**27)
 
 
 @dataclass(frozen=True)
@@ -50,30 +52,38 @@ class Site:
 
     Args:
         disk: a small one, for run folders only.
-        cluster: of two nodes, each with room for a worker.
+        stack: undoes what was set up.
     """
 
     disk: Path
-    cluster: Cluster
+    stack: ExitStack
 
     @property
     def filler(self) -> Path:
         """A file that takes all room of the disk."""
         return self.disk / "filler"
 
+    @cached_property
+    def cluster(self) -> Cluster:
+        """Two nodes, each with room for a worker."""
+        # "auto" still finds the cluster of the user; paths of sockets have to be short
+        own = self.stack.enter_context(tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True))
+        self.stack.enter_context(patch.dict(os.environ, RAY_TMPDIR=own))
+        cluster = Cluster(initialize_head=True, head_node_args=NODE | dict(include_dashboard=False))
+        self.stack.callback(cluster.shutdown)
+        cluster.add_node(**NODE)
+        return cluster
+
     def mend(self) -> None:
         """Make room on the disk, and replace a node that is lost."""
         self.filler.unlink(missing_ok=True)
-        if not self.cluster.worker_nodes:
+        if "cluster" in vars(self) and not self.cluster.worker_nodes:
             self.cluster.add_node(**NODE)
-
-
-NODE = dict(num_cpus=1, object_store_memory=2**27)
 
 
 @contextmanager
 def made_site(folder: Path) -> Iterator[Site]:
-    """Mount a disk in a folder and start a cluster, and undo both.
+    """Mount a disk in a folder, and undo all that was set up.
 
     Raises:
         PermissionError: if no disk can be mounted.
@@ -85,13 +95,7 @@ def made_site(folder: Path) -> Iterator[Site]:
         raise PermissionError(f"no disk can be mounted: {mounted.stderr}")
     with ExitStack() as stack:
         stack.callback(subprocess.run, ["umount", "--lazy", str(disk)], check=True)
-        # "auto" still finds the cluster of the user; paths of sockets have to be short
-        own = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)
-        stack.enter_context(patch.dict(os.environ, RAY_TMPDIR=stack.enter_context(own)))
-        cluster = Cluster(initialize_head=True, head_node_args=NODE | dict(include_dashboard=False))
-        stack.callback(cluster.shutdown)
-        cluster.add_node(**NODE)
-        yield Site(disk, cluster)
+        yield Site(disk, stack)
 
 
 def workers() -> list[psutil.Process]:

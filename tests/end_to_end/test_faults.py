@@ -20,11 +20,10 @@ def site(tmp_path):
         yield site
 
 
-PAIRS = [("del", "disk"), ("del", "node")]
-MORE = [("find", "KILL"), ("inj", "TERM"), ("inj", "worker"), ("find", "replaced"), ("inj", "disk")]
+MORE = [("inj", "node"), ("find", "KILL"), ("del", "TERM"), ("find", "replaced"), ("inj", "worker"), ("del", "disk")]
 
 
-@pytest.mark.parametrize("pairs", [PAIRS, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize("pairs", [[("inj", "disk")], pytest.param(MORE, marks=pytest.mark.slow)], ids=["one", "more"])
 def test_disturbed_runs_come_to_the_same_result(recited, site, pairs):
     import faults
 
