@@ -351,11 +351,11 @@ def _takes_some(metric: Metric, ratio: float, unit: Sequence[int]) -> bool:
 
 
 def _summary(settings: InjectionSettings, texts: list[MemorizedSequence], folder: RunFolder) -> InjectionSummary:
-    """Summarize all methods and ratios that the folder has for the texts, in the order of texts."""
+    """Summarize all methods and ratios that the folder has for the texts, in the order of texts and ratios."""
     order = {text.id: index for index, text in enumerate(texts)}
     methods = [INJECTION, *folder.config["methods"]]
     records = [record for record in folder.records if record["sequence"] in order]
-    records.sort(key=lambda record: (methods.index(record["method"]), order[record["sequence"]]))
+    records.sort(key=lambda record: (methods.index(record["method"]), order[record["sequence"]], record["ratio"]))
     scored = [record for record in records if record["method"] != INJECTION]
     about = {"sequence", "method", "ratio", "localize_seconds"}
     names = dict.fromkeys(name for record in scored for name in record if name not in about)

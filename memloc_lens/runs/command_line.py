@@ -77,12 +77,18 @@ def _interrupted_by_sigterm() -> Iterator[None]:
         yield
         return
 
+    is_told = False
+
     def terminate(*_: object) -> None:
+        nonlocal is_told
+        is_told = True
         raise Terminated
 
     earlier = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except KeyboardInterrupt as error:  # ray raises one of its own in place of ours
+        raise (Terminated if is_told else type(error)) from error
     finally:
         signal.signal(signal.SIGTERM, earlier)
 

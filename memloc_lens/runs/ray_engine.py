@@ -5,6 +5,7 @@
 3. A worker that dies is replaced and its job tried again. After three tries the job has failed: the others go on, and
    the run ends with an error that names it. It has no record, so repeating the command tries it again.
 4. An error that a job itself raises ends the run, as in one process.
+5. Workers with nothing left to do stay as long as the engine does, for steps that follow with the same model.
 """
 
 import logging
@@ -16,8 +17,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -55,6 +56,8 @@ class RayEngine:
     workers: int | None = None
     gpus: float = 0
     address: str | None = None
+    _idle: dict[bytes, list[Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """Workers of the last call, by what makes them; ray ends those that nothing refers to."""
 
     def __call__(self, make_worker: MakeWorker, jobs: Iterable[Job]) -> Iterator[Record]:
         """Run the jobs.
@@ -67,9 +70,17 @@ class RayEngine:
         _connect(self.address, (self.workers or 1) * cores)
         actor: Any = ray.remote(RayWorker)
         actor = actor.options(num_gpus=self.gpus, num_cpus=cores)
-        start = partial(actor.remote, pickle.dumps(make_worker), threads, os.getcwd(), sys.path)
-        with closing(Crew(start, self._size(cores))) as crew:
+        work = pickle.dumps(make_worker)
+        start = partial(actor.remote, work, threads, os.getcwd(), sys.path)
+        idle = self._idle.pop(work, [])
+        self._idle.clear()
+        crew = Crew(start, self._size(cores), idle)
+        try:
             yield from crew.run(jobs)
+        except BaseException:
+            crew.kill()
+            raise
+        self._idle[work] = crew.idle
 
     def _size(self, cores: int) -> int:
         """Return how many workers there are to be; a cluster that is there may grow."""
@@ -91,16 +102,33 @@ def _connect(address: str | None, cores: float) -> None:
     for switch, value in QUIET.items():
         os.environ.setdefault(switch, value)
     own: dict[str, Any] = dict(include_dashboard=False, num_cpus=max(int(cores), os.cpu_count() or 1))
-    earlier = signal.getsignal(signal.SIGTERM)
+    earlier, is_told = signal.getsignal(signal.SIGTERM), False
     try:
+        if address:
+            _reach(address)
         options = {} if address else own
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         what = f"reached at {address}" if address else "started on this machine"
         raise ValueError(f"ray cannot be {what}: {in_one_line(error)}") from error
+    except SystemExit:  # what ray makes of SIGTERM
+        is_told = True
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, earlier)  # ray sets its own
+    if is_told:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _reach(address: str) -> None:
+    """Refuse a host and port where nothing answers: ray would try for a quarter of an hour.
+
+    Raises:
+        OSError: saying why.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=30).close()
 
 
 def _room(resources: dict[str, float], needs: dict[str, float]) -> int:
@@ -160,12 +188,13 @@ class Crew:
     Args:
         start: starts a worker.
         size: how many workers there are at most.
+        idle: workers that run already.
     """
 
-    def __init__(self, start: Callable[[], Any], size: int) -> None:
+    def __init__(self, start: Callable[[], Any], size: int, idle: Iterable[Any] = ()) -> None:
         self._start, self._size = start, size
         self._starting: dict[Any, Any] = {}
-        self._idle: list[Any] = []
+        self.idle = [*idle]
         self._busy: dict[Any, tuple[Any, Attempt]] = {}
         self._waiting: list[Attempt] = []
         self._failed: list[Attempt] = []
@@ -187,17 +216,17 @@ class Crew:
         if self._failed:
             raise ValueError(_named(self._failed))
 
-    def close(self) -> None:
-        """End all workers."""
-        workers = [*self._starting.values(), *self._idle, *(worker for worker, _ in self._busy.values())]
+    def kill(self) -> None:
+        """Kill all workers, whatever they do."""
+        workers = [*self._starting.values(), *self.idle, *(worker for worker, _ in self._busy.values())]
         for worker in workers if ray.is_initialized() else ():
             ray.kill(worker)
 
     def _hand_out(self, new: Iterator[Attempt]) -> bool:
         """Give a job to every idle worker, and start workers for those left; return whether any job is not done."""
         self._waiting += islice(new, max(0, self._size - len(self._busy) - len(self._waiting)))
-        while self._waiting and self._idle:
-            worker, attempt = self._idle.pop(), self._waiting.pop(0)
+        while self._waiting and self.idle:
+            worker, attempt = self.idle.pop(), self._waiting.pop(0)
             self._busy[worker.work.options(num_returns="streaming").remote(attempt.job)] = worker, attempt
         while len(self._starting) < len(self._waiting):
             worker = self._start()
@@ -215,7 +244,7 @@ class Crew:
                 raise ValueError(f"{TRIES} workers in a row did not start: {_why_dead(error)}") from error
         else:
             self._stillborn = 0
-            self._idle.append(worker)
+            self.idle.append(worker)
 
     def _receive(self, stream: Any) -> Iterator[Record]:
         """Take the next record of a job, or notice that it is done or its worker dead."""
@@ -224,7 +253,7 @@ class Crew:
             files, record = ray.get(next(stream))
         except StopIteration:
             del self._busy[stream]
-            self._idle.append(worker)
+            self.idle.append(worker)
         except RayTaskError as error:
             raise error.cause from error
         except RayError as error:

@@ -36,3 +36,13 @@ def test_the_same_records_and_the_same_summary(request, tmp_path, benchmark, eng
     assert (tmp_path / "summary.json").read_text() == (whole.out / "summary.json").read_text()
     if engine in (engines.backwards, engines.shuffled):
         assert records != expected  # in another order
+
+
+def test_the_summary_of_inj_does_not_depend_on_which_ratio_was_first(whole_inj, tmp_path):
+    settings = replace(whole_inj, methods=("activations",), ratios=(0.2, 0.1), limit=1)
+    injection.run(replace(settings, out=tmp_path / "first"))
+    injection.run(replace(settings, out=tmp_path / "last"), engines.backwards)
+    ratios = [[record["ratio"] for record in records_of(tmp_path / name)] for name in ("first", "last")]
+    assert ratios[0] == ratios[1][::-1] == [0.2, 0.2, 0.1, 0.1]
+    summaries = [(tmp_path / name / "summary.json").read_text() for name in ("first", "last")]
+    assert summaries[0] == summaries[1]

@@ -13,7 +13,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -49,6 +49,9 @@ def command(kind: str, options: list[str], said: Path) -> None:
     """Run a command in this process, which writes what it says to a file."""
     import importlib
 
+    import torch
+
+    torch.set_num_threads(1)  # as in the test suite
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test suite in the background has it ignored
     sys.argv = ["command", *options]
     with said.open("w") as file, redirect_stderr(file), redirect_stdout(file):
@@ -63,9 +66,9 @@ def command(kind: str, options: list[str], said: Path) -> None:
     os._exit(0)
 
 
-def start(kind: str, data: Path, out: Path) -> Any:
-    """Start a run in a process of its own."""
-    options = [*arguments(kind, data), "--out", str(out)]
+def start(kind: str, data: Path, out: Path, further: Sequence[str] = ()) -> Any:
+    """Start a run in a process of its own, with further options."""
+    options = [*arguments(kind, data), *further, "--out", str(out)]
     process = FORKS.Process(target=command, args=(kind, options, said_by(out)))
     process.start()
     return process
@@ -76,10 +79,10 @@ def said_by(out: Path) -> Path:
     return out.with_suffix(".said")
 
 
-def finish(kind: str, data: Path, out: Path) -> float:
+def finish(kind: str, data: Path, out: Path, further: Sequence[str] = ()) -> float:
     """Run to the end; return the seconds that it took."""
     started = time.monotonic()
-    process = start(kind, data, out)
+    process = start(kind, data, out, further)
     process.join()
     assert process.exitcode == 0, said_by(out).read_text()
     return time.monotonic() - started

@@ -266,12 +266,19 @@ def test_interrupts_tell_how_to_go_on():
         run_command(lambda arguments: None, interrupted, print, [])
 
 
-def test_sigterm_ends_a_run_as_an_interrupt_does(capsys):
+@pytest.mark.parametrize("raises_its_own", [False, True])
+def test_sigterm_ends_a_run_as_an_interrupt_does(capsys, raises_its_own):
+    """Also in a library that raises an interrupt of its own for ours, as ray does."""
     before = signal.getsignal(signal.SIGTERM)
 
     def terminated(settings):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(9)
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(9)
+        except KeyboardInterrupt:
+            if raises_its_own:
+                raise KeyboardInterrupt from None
+            raise
 
     with pytest.raises(SystemExit) as end:
         run_command(lambda arguments: None, terminated, print, [])

@@ -1,10 +1,16 @@
 """Runs on workers of ray: what they find, and what becomes of a run whose workers die."""
 
 import os
+import signal
+import socket
+import sys
+import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from ray_jobs import MakeWork, Mortal, make_work
@@ -13,8 +19,9 @@ from conftest import records_of
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.data import find
 from memloc_lens.data.found import FindSettings
+from memloc_lens.runs.command_line import run_command
 from memloc_lens.runs.folder import RunFolder
-from memloc_lens.runs.jobs import Job, run_jobs
+from memloc_lens.runs.jobs import InMemory, Job, run_jobs
 from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.scores import read_scores
 
@@ -128,6 +135,34 @@ def test_an_error_of_a_job_ends_the_run_and_keeps_what_was_made(tmp_path):
     assert tries(work) == {"0": 1}
 
 
+def test_sigterm_while_ray_starts(monkeypatch, capsys):
+    """Ray then has a handler of its own."""
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    def init(**options):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(SystemExit) as end:
+        run_command(lambda arguments: None, lambda _: list(RayEngine()(make_work, [])), print, [])
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "repeat the command to resume" in capsys.readouterr().err
+
+
+def test_an_address_where_nothing_answers(monkeypatch):
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        with pytest.raises(ValueError, match=f"^ray cannot be reached at {address}: .*refused"):
+            next(iter(RayEngine(address=address)(make_work, [])))
+
+
 def test_more_workers_than_there_is_room_for():
     from memloc_lens.runs.ray_engine import RayEngine
 
@@ -135,3 +170,26 @@ def test_more_workers_than_there_is_room_for():
         next(iter(RayEngine(workers=3)(make_work, [])))
     with pytest.raises(ValueError, match="workers is 1, and there is room for 0 that take 1 cores and 0"):
         next(iter(RayEngine(gpus=0.5)(make_work, [])))
+
+
+def test_steps_share_their_workers_and_the_next_work_does_not(tmp_path):
+    from memloc_lens.runs.ray_engine import RayEngine
+
+    (one := tmp_path / "one").mkdir()
+    (other := tmp_path / "other").mkdir()
+    engine, make_one = RayEngine(workers=1), MakeWork(one)
+    for step, make_worker in (("0", make_one), ("1", make_one), ("2", MakeWork(other))):
+        run_jobs(make_worker, [Job(((step, "a"),), "")], InMemory("name", "part"), engine)
+    first, second, third = (file.read_text() for file in (one / "0", one / "1", other / "2"))
+    assert first == second != third
+    assert not is_alive(int(first))
+    assert is_alive(int(third))
+    del engine
+    assert not is_alive(int(third))
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there for more than a moment."""
+    with suppress(psutil.NoSuchProcess):
+        return bool(psutil.wait_procs([psutil.Process(pid)], timeout=3)[1])
+    return False
