@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
+from memloc_lens.heap import kept_memory
 from memloc_lens.hooks import END, hooked
 from memloc_lens.isolation import gradients_possible, isolated
 from memloc_lens.library_types import HookedTransformer
@@ -330,7 +331,13 @@ def frozen(model: HookedTransformer) -> Iterator[None]:
         ValueError: if a hook is on the model itself, it was made in inference mode, or another thread has a context
             of it open.
     """
-    with isolated(model), gradients_possible(model), fast_products(model.cfg.device), _as_constant(model):
+    with (
+        isolated(model),
+        gradients_possible(model),
+        fast_products(model.cfg.device),
+        kept_memory(),
+        _as_constant(model),
+    ):
         yield
 
 
