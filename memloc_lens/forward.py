@@ -19,7 +19,7 @@ from memloc_lens.library_types import HookedTransformer
 from memloc_lens.products import fast_products
 from memloc_lens.sequence import Batch
 
-CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**20, 2**28
+CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**21, 2**28
 """Logits that are held at a time: on a CPU they should stay in its caches."""
 
 
