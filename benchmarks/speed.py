@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from memloc_lens import (
@@ -205,8 +205,14 @@ def measure(wanted: Measurement) -> dict[str, float]:
 
 def count_flops(score: Callable[[], Tensor]) -> float:
     """Count the FLOPs of the matrix products of a run."""
-    linear = {torch.ops.mkldnn._linear_pointwise: _linear_flops}
-    with FlopCounterMode(display=False, custom_mapping=linear) as counter:
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    unknown = {
+        torch.ops.mkldnn._linear_pointwise: _linear_flops,
+        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        attention_backward: lambda by, query, key, value, *_, **__: sdpa_backward_flop_count(by, query, key, value),
+    }
+    with FlopCounterMode(display=False, custom_mapping=unknown) as counter:
         score()
     return counter.get_total_flops()
 

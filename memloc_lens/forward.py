@@ -13,13 +13,14 @@ from torch.nn.functional import linear
 from memloc_lens.bridge import has_forward_hooks, is_bridge, run_between, stream_entering
 from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
+from memloc_lens.heap import kept_memory
 from memloc_lens.hooks import END, hooked, hooked_after_neurons
 from memloc_lens.isolation import gradients_possible, isolated
 from memloc_lens.library_types import HookedModel
 from memloc_lens.products import fast_products
 from memloc_lens.sequence import Batch
 
-CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**20, 2**28
+CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**21, 2**28
 """Logits that are held at a time: on a CPU they should stay in its caches."""
 
 
@@ -349,7 +350,13 @@ def frozen(model: HookedModel) -> Iterator[None]:
         ValueError: if a hook is on the model itself, it was made in inference mode, or another thread has a context
             of it open.
     """
-    with isolated(model), gradients_possible(model), fast_products(model.cfg.device), _as_constant(model):
+    with (
+        isolated(model),
+        gradients_possible(model),
+        fast_products(model.cfg.device),
+        kept_memory(),
+        _as_constant(model),
+    ):
         yield
 
 

@@ -87,12 +87,30 @@ def test_injection_and_generation(model):
         assert torch.equal(free_running(model, [SEQUENCE])[0], tokens[0, 4:])
 
 
-@pytest.mark.parametrize("name", ["LNPre", "RMS", "Gemma 2", "SoLU with a norm", "OLMo 2"])
+@pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_faster_pass_is_the_same(name):
-    model = tiny_model(**CONFIGURATIONS[name])
-    logits = model(SEQUENCE.tokens[None])
+    model = tiny_model(**CONFIGURATIONS[name]).requires_grad_(False)
+
+    def logits_and_gradient() -> tuple[torch.Tensor, torch.Tensor]:
+        stream = model(SEQUENCE.tokens[None], stop_at_layer=0).requires_grad_(True)
+        logits = model(stream, start_at_layer=0)
+        return logits.detach(), torch.autograd.grad(logits.square().sum(), stream)[0]
+
+    logits, gradient = logits_and_gradient()
     prepare(model)
-    assert torch.allclose(model(SEQUENCE.tokens[None]), logits, atol=1e-12)
+    for ours, expected in zip(logits_and_gradient(), (logits, gradient), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-9, atol=1e-11)
+    with torch.no_grad():
+        assert torch.allclose(model(SEQUENCE.tokens[None]), logits, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["unscaled", "windows last", "norms of queries and keys, rotary"])
+def test_localizers_on_a_faster_pass(name):
+    model = tiny_model(**CONFIGURATIONS[name])
+    expected = naive.zero_out(model, SEQUENCE), naive.slimming(model, SEQUENCE, **TRAINING, component="neuron")
+    prepare(model)
+    assert close(ZeroOut()(model, SEQUENCE), expected[0])
+    assert close(Slimming(**TRAINING, stop_loss=0)(model, SEQUENCE), expected[1])
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,32 @@ def test_hooks_of_norms_see_what_they_saw(folder):
             assert not torch.allclose(doubled, logits)
 
 
+@torch.no_grad()
+def test_hooks_of_attention_and_mlp_see_what_they_saw(folder):
+    """Scores and what an activation function is taken of exist while a hook reads them, and its change counts."""
+    model = load_model(folder, device="cpu", dtype=torch.float64)
+    tokens = torch.tensor([[1, 2, 3]])
+    logits, cache = model.run_with_cache(tokens)
+    assert torch.allclose(model(tokens, return_type="logits"), logits, atol=1e-12)
+    for point in ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_z", "mlp.hook_pre", "mlp.hook_post"):
+        name = f"blocks.0.{point}"
+        seen = []
+        halved = model.run_with_hooks(
+            tokens, fwd_hooks=[(name, lambda read, hook, seen=seen: seen.append(read) or read / 2)]
+        )
+        assert torch.allclose(seen[0], cache[name], atol=1e-12)
+        assert not torch.allclose(halved, logits)
+
+
+def test_second_derivatives_by_the_weights(folder):
+    """torch's attention in one function has none, and is not used for weights that may be trained."""
+    model = load_model(folder, device="cpu", dtype=torch.float64)
+    weight = model.blocks[0].attn.W_Q
+    (gradient,) = torch.autograd.grad(model(torch.tensor([[1, 2, 3]]), return_type="loss"), weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), weight)
+    assert second.abs().max() > 0
+
+
 def test_dtype(folder):
     model = load_model(folder, device="cpu", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
