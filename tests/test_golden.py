@@ -20,16 +20,20 @@ from memloc_lens import (
     top_neurons,
 )
 from memloc_lens.metrics import suffix_loss, teacher_forced
+from memloc_lens.models.accepted import default_backend
 
-FOLDERS = [Path(__file__).parent / "golden" / name for name in ("gpt2-a", "neox-a")]
+BACKENDS = ("hooked", "bridge") if default_backend() == "hooked" else ("bridge",)
+CASES = [(name, backend) for name in ("gpt2-a", "neox-a") for backend in BACKENDS]
 
 
-@pytest.fixture(scope="module", params=FOLDERS, ids=lambda folder: folder.name)
+@pytest.fixture(scope="module", params=CASES, ids="-".join)
 def golden(request):
-    expected = load_file(request.param / "expected.safetensors")
-    settings = json.loads((request.param / "settings.json").read_text())
+    name, backend = request.param
+    folder = Path(__file__).parent / "golden" / name
+    expected = load_file(folder / "expected.safetensors")
+    settings = json.loads((folder / "settings.json").read_text())
     sequence = MemorizedSequence(expected["input_ids"][0], settings["prompt_len"])
-    return load_model(request.param, device="cpu"), sequence, expected, settings
+    return load_model(folder, device="cpu", backend=backend), sequence, expected, settings
 
 
 def relative(scores: torch.Tensor, expected: torch.Tensor) -> float:
