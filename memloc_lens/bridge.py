@@ -9,7 +9,7 @@ all hooks of the user's at that place.
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from einops import rearrange
@@ -23,7 +23,7 @@ TOKENS = 8
 CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """By precision: how far two ways to compute the same may be apart, as a share of the largest value."""
 
-_usable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_usable: WeakSet[nn.Module] = WeakSet()
 """The bridges that were tried and found usable."""
 
 
@@ -110,7 +110,7 @@ def check_bridge(model: Any) -> None:
     with torch.no_grad(), _evaluating(model):
         _check_layers_alone(model)
         _check_neurons_write(model)
-    _usable[model] = True
+    _usable.add(model)
 
 
 class _Reached(Exception):
