@@ -6,6 +6,7 @@ ends and breaks off the pass; layers before the first hand on what they are give
 all hooks of the user's at that place.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,6 +26,8 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.fl
 
 _usable: WeakSet[nn.Module] = WeakSet()
 """The bridges that were tried and found usable."""
+_trying = threading.Lock()
+"""A pass of another thread would meet the hooks of a trial."""
 
 
 def is_bridge(model: object) -> bool:
@@ -98,8 +101,13 @@ def check_bridge(model: Any) -> None:
     Raises:
         ValueError: naming what is different.
     """
-    if model in _usable:
-        return
+    with _trying:
+        if model not in _usable:
+            _try(model)
+            _usable.add(model)
+
+
+def _try(model: Any) -> None:
     missing = [name for name in ("blocks", "ln_final", "unembed") if name not in model._modules]
     hook_points = model.hook_dict
     missing += [
@@ -107,10 +115,17 @@ def check_bridge(model: Any) -> None:
     ]
     if missing:
         raise ValueError(f"{model.cfg.model_name} is a TransformerBridge without {missing[0]}, which is needed")
-    with torch.no_grad(), _evaluating(model):
-        _check_layers_alone(model)
-        _check_neurons_write(model)
-    _usable.add(model)
+    try:
+        with torch.no_grad(), _evaluating(model):
+            _check_layers_alone(model)
+            _check_neurons_write(model)
+    except ValueError:
+        raise
+    except Exception as error:  # layers that take or give more than a stream raise whatever meets it first
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{model.cfg.model_name} cannot be used as a TransformerBridge: its layers do not run by themselves: {said}"
+        ) from error
 
 
 class _Reached(Exception):

@@ -59,6 +59,20 @@ def test_large_float32_products_go_to_onednn_and_others_do_not(calls):
     assert calls == [((128, 128), (128, 128))]
 
 
+def test_products_with_a_part_of_a_matrix_stay_with_torch(calls):
+    """oneDNN takes a thousand times as long for a matrix whose neighbours lie apart in both directions."""
+    part = torch.randn(128, 384)[:, 128:256]  # as of a matrix for queries, keys and values
+    assert not part.is_contiguous()
+    assert not part.T.is_contiguous()
+    left, bias = torch.randn(128, 128), torch.randn(128)
+    with fast_products():
+        products = left @ part, part @ left, torch.addmm(bias, left, part)
+    assert calls == []
+    exact = left.double() @ part.double(), part.double() @ left.double(), left.double() @ part.double() + bias
+    for own, expected in zip(products, exact, strict=True):
+        torch.testing.assert_close(own.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_without_512_bits_nothing_is_done(calls, monkeypatch):
     monkeypatch.setattr(products, "_has_512_bits", lambda: False)
     with fast_products():

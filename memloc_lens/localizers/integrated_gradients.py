@@ -156,9 +156,10 @@ def _bridge_attends_as_known(model: HookedModel) -> bool:
         tried = IntegratedGradients(steps=2, first_layer=max(0, layers - 3))
         tokens = torch.arange(TRIED, device=model.cfg.device)[None] % model.cfg.d_vocab
         batch = Batch(tokens, prompt_len=2)
+        limit = 1e-4 if model.cfg.dtype in (torch.float32, torch.float64) else 0.05
         try:
             together, by_prefixes = tried._score_together(model, batch), tried._score_by_prefixes(model, batch)
-            _known_bridges[model] = bool((together - by_prefixes).norm() <= 1e-2 * by_prefixes.norm())
+            _known_bridges[model] = bool((together - by_prefixes).norm() <= limit * by_prefixes.norm())
         except (RuntimeError, KeyError, ValueError, EinopsError):  # hook points of other shapes, or none
             _known_bridges[model] = False
     return _known_bridges[model]

@@ -1,7 +1,5 @@
 """Make a `TransformerBridge` of a model of transformers, without asking the hub and without processing weights."""
 
-import logging
-import warnings
 from typing import Any
 
 import torch
@@ -28,13 +26,9 @@ def bridged(
 
     tokens, expected = sample_of(original)
     original.config.architectures = [type(original).__name__]
-    level = logging.root.level
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model: Any = TransformerBridge.boot_transformers(
-            "", hf_model=original, device="cpu", dtype=dtype, tokenizer=tokenizer or _no_tokenizer()
-        )
-    logging.root.setLevel(level)
+    model: Any = TransformerBridge.boot_transformers(
+        "", hf_model=original, device="cpu", dtype=dtype, tokenizer=tokenizer or _no_tokenizer()
+    )
     if tokenizer is None:
         model.tokenizer = None
     model.cfg.default_prepend_bos = begins_with_bos

@@ -348,6 +348,18 @@ def test_bridges_of_other_kinds_are_refused(architecture, changes, said, sequenc
             work(model, sequence)
 
 
+def test_a_trial_that_fails_is_one_error_and_is_made_again(sequence):
+    model = own_bridge(make("GPT2LMHeadModel"))
+
+    def fail(stream, hook):
+        raise RuntimeError("a hook of the user's")
+
+    message = "^own cannot be used as a TransformerBridge: its layers do not run by themselves: a hook of the user's$"
+    with model.hooks(fwd_hooks=[("blocks.1.hook_in", fail)]), pytest.raises(ValueError, match=message):
+        Activations()(model, sequence)
+    assert Activations()(model, sequence).shape == (3, 48)
+
+
 def test_experts_are_refused(sequence):
     original = make("MixtralForCausalLM", num_local_experts=2).float()
     with pytest.raises(ValueError, match=r"experts a layer|is a TransformerBridge without"):
@@ -375,6 +387,9 @@ def test_benchmarks_run_on_a_bridge_and_find_the_same(benchmark, small_del, smal
         run(replace(settings, backend=backend, out=tmp_path / str(backend)))
     one, other = (records_of(tmp_path / str(backend)) for backend in backends)
     assert len(one) == len(other) > 0
+    if HAS_HOOKED:
+        with pytest.raises(ValueError, match="weights"):
+            run(replace(settings, backend="bridge", out=tmp_path / "hooked"))
     for own, expected in zip(other, one, strict=True):
         assert own.keys() == expected.keys()
         for name, value in expected.items():
