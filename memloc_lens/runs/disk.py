@@ -1,6 +1,7 @@
 """Write files whole or not at all; what a disk refuses is one error."""
 
 import errno
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,16 +23,19 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(
-                f"the disk of {path} is full; what was recorded is kept: free some space and run the same command again"
-            ) from error
         where = error.filename2 or error.filename
         where = "" if where is None or str(where) == str(path) else where
         reason = ": ".join(map(str, filter(None, (where, error.strerror or error))))
-        raise ValueError(f"the run folder {path} cannot be written: {reason}") from error
+        raise _told(path, error.errno, reason) from error
     except SafetensorError as error:
-        raise ValueError(
-            f"the run folder {path} cannot be written: {error}; what was recorded is kept: repair it and run the same "
-            "command again"
-        ) from error
+        number = re.search(r"os error (\d+)", str(error))
+        reason = f"{error}; what was recorded is kept: repair it and run the same command again"
+        raise _told(path, int(number[1]) if number else None, reason) from error
+
+
+def _told(path: Path, number: int | None, reason: str) -> ValueError:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return ValueError(
+            f"the disk of {path} is full; what was recorded is kept: free some space and run the same command again"
+        )
+    return ValueError(f"the run folder {path} cannot be written: {reason}")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from memloc_lens.runs import folder as folder_module
 from memloc_lens.runs.folder import RunFolder
@@ -151,6 +153,21 @@ def test_a_full_disk_is_one_error_and_loses_nothing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="is full; what was recorded is kept"):
         folder.append(RECORD | {"ratio": 0.2})
     assert RunFolder(tmp_path, CONFIG).records[0] == RECORD
+
+
+def test_a_disk_that_is_full_for_scores_is_the_same_error(tmp_path, monkeypatch):
+    file = score_file(tmp_path, "x")
+    with pytest.raises(SafetensorError) as missing:  # how safetensors tells what the system said
+        save_file({"scores": torch.ones(2)}, tmp_path / "missing" / "x")
+    said = str(missing.value).replace(f"os error {errno.ENOENT}", f"os error {errno.ENOSPC}")
+    assert said != str(missing.value)
+
+    def full(*arguments):
+        raise SafetensorError(said)
+
+    monkeypatch.setattr("memloc_lens.runs.scores.save_file", full)
+    with pytest.raises(ValueError, match="is full; what was recorded is kept"):
+        kept_scores(file, lambda: {"scores": torch.ones(2)})
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
