@@ -171,7 +171,7 @@ def _residuals_without(
     """Return the residual stream after `layer` of each pair's row with its neuron zeroed."""
     activations = clean.activations[layer][row, :, neuron].unsqueeze(-1)
     weights = rearrange(model.blocks[layer].mlp.W_out[neuron], "pair d_model -> pair 1 d_model")
-    return clean.streams[layer + 1][row] - activations * weights
+    return torch.addcmul(clean.streams[layer + 1].index_select(0, row), activations, weights, value=-1)
 
 
 def _residuals_by_masking(
