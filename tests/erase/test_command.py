@@ -69,7 +69,7 @@ def test_scores_are_kept(small, monkeypatch):
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr("memloc_lens.erase.kept.checked_scores", never)
+    monkeypatch.setattr("memloc_lens.erase.localizing.checked_scores", never)
     assert run(small).succeeded
     with pytest.raises(AssertionError):
         run(replace(small, out=small.out.with_name("other"), method="activations"))
