@@ -149,11 +149,10 @@ def test_on_the_command_line(small, recited, monkeypatch, capsys, tmp_path):
     assert "the first recites 6; alone: s0, s1" in shown
 
 
-@pytest.mark.parametrize("command", [main, forgetting_main])
-def test_no_engine_is_offered_that_would_not_be_used(command, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["erase", "--engine", "ray"])
+def test_no_engine_is_offered_that_would_not_be_used(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["forgetting", "--engine", "ray"])
     with pytest.raises(SystemExit):
-        command()
+        forgetting_main()
     assert "--engine" in capsys.readouterr().err
 
 
