@@ -105,7 +105,8 @@ def test_erase(model, recited, tmp_path, monkeypatch):
         own = dict(model=str(recited / "model"), data=recited / "data.jsonl")
     settings = EraseSettings(
         **own, method="protect-iterative-gradient", context_sequences=1, component="neuron", limit=3, batch=2,
-        negatives=1, max_ppl_rise=100, max_neg_loss=100, device="cpu", quiet=True, out=tmp_path / "here",
+        negatives=1, until="accuracy", max_ppl_rise=100, max_neg_loss=100, device="cpu", quiet=True,
+        out=tmp_path / "here",
     )  # fmt: skip
     here = command.run(settings)
     monkeypatch.setattr(localizing, "checked_scores", None)  # this process scores nothing any more
