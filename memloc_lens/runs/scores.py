@@ -82,12 +82,11 @@ def kept_scores(file: Path, compute: Callable[[], Tensors], of: str = "") -> Ten
     tensors = found or {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
     if _kept_back:  # also what was found: it may be on a disk of this machine's own
         _kept_back[-1].append(ScoreFile(file, tensors, of))
-    if _kept_back or found:
-        return tensors
-    belongs = {"file": file.name, "of": of, "sha256": _sha256(tensors)}
-    with disk_errors(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda part: save_file(tensors, part, belongs))
+    elif not found:
+        belongs = {"file": file.name, "of": of, "sha256": _sha256(tensors)}
+        with disk_errors(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, lambda part: save_file(tensors, part, belongs))
     return tensors
 
 
