@@ -25,6 +25,20 @@ class Mortal(Random):
         return super().__call__(model, sequence)
 
 
+@dataclass(frozen=True)
+class Unsure(Random):
+    """A method whose scores of one sequence are not numbers."""
+
+    name: ClassVar[str] = "unsure"
+    of: str = ""
+
+    def __call__(self, model, sequences):
+        scores = super().__call__(model, sequences)
+        for own, row in zip(sequences, scores, strict=True):
+            row *= torch.nan if own.id == self.of else 1
+        return scores
+
+
 def make_work(folder: Path):
     """Make a worker that does what its jobs say, and keeps count of them in a folder."""
 

@@ -15,7 +15,7 @@ An interrupted command resumes when it is repeated.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -44,6 +44,7 @@ from memloc_lens.runs.disk import disk_errors, write_whole
 from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.lock import lock
 from memloc_lens.runs.methods import context_of
+from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.provenance import provenance
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.records import read_table
@@ -80,6 +81,7 @@ class ForgettingSettings(EraseSettings):
     scope: Annotated[Scope, tyro.conf.Suppress] = "global"
     max_ppl_rise: Annotated[float, tyro.conf.Suppress] = 2.0
     max_neg_loss: Annotated[float, tyro.conf.Suppress] = 2.0
+    parallel: Annotated[Parallel, tyro.conf.Suppress] = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ That a text cannot be extracted is not a proof that it is gone: a set that is sw
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -31,7 +31,8 @@ from memloc_lens.erase.checkpoint import check_free, check_target, write_checkpo
 from memloc_lens.erase.choosing import Erasure, check_extracted, choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS, described, reached
-from memloc_lens.erase.kept import KeptSteps, localize, origin
+from memloc_lens.erase.kept import KeptSteps, origin
+from memloc_lens.erase.localizing import localize
 from memloc_lens.erase.table import print_erasure
 from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import shares_text
@@ -44,7 +45,6 @@ from memloc_lens.runs.fingerprint import fingerprint
 from memloc_lens.runs.lock import lock
 from memloc_lens.runs.losses import check_losses
 from memloc_lens.runs.methods import AnyLocalizer, configured, reads_context, resolve
-from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.quiet import may_be_quiet
 from memloc_lens.runs.settings import RunSettings, identities
 from memloc_lens.runs.visible import visible
@@ -108,7 +108,6 @@ class EraseSettings(RunSettings):
     ratios: Annotated[tuple[float, ...], tyro.conf.Suppress] = ()
     config: Annotated[Path | None, tyro.conf.Suppress] = None
     tracker: Annotated[str | None, tyro.conf.Suppress] = None
-    parallel: Annotated[Parallel, tyro.conf.Suppress] = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +187,7 @@ def _run(settings: EraseSettings) -> Erasure:
         erasure = choose(
             model,
             targets,
-            localize(settings.work, model, targets, localizer, kind, settings.batch),
+            localize(settings.work, model, targets, localizer, kind, settings.batch, settings),
             spared,
             settings.budget,
             until=settings.until,

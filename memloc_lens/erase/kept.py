@@ -4,29 +4,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
-from math import prod
 from pathlib import Path
 from typing import Any, overload
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from memloc_lens.components import Component
 from memloc_lens.erase.choosing import Step
 from memloc_lens.erase.damage import Utility
-from memloc_lens.library_types import HookedModel
-from memloc_lens.localizers.scoring import AnyLocalizer, name_of
+from memloc_lens.localizers.scoring import AnyLocalizer
 from memloc_lens.runs.disk import disk_errors, write_whole
-from memloc_lens.runs.fingerprint import fingerprint
-from memloc_lens.runs.methods import checked_scores, settings_of
+from memloc_lens.runs.methods import settings_of
 from memloc_lens.runs.records import read_table
-from memloc_lens.runs.scores import kept_scores, read_scores, score_file
+from memloc_lens.runs.scores import read_scores
 from memloc_lens.runs.settings import identities
 from memloc_lens.sequence import MemorizedSequence
-
-HELD = 2**27
-"""Scores that are held at a time."""
 
 
 class KeptScores(Sequence[Tensor]):
@@ -52,45 +43,6 @@ class KeptScores(Sequence[Tensor]):
             return KeptScores(self._places[index])
         file, row = self._places[index]
         return read_scores(file)["scores"][row]
-
-
-def localize(
-    folder: Path,
-    model: HookedModel,
-    sequences: Sequence[MemorizedSequence],
-    localizer: AnyLocalizer,
-    component: Component,
-    batch: int,
-) -> KeptScores:
-    """Score sequences a batch at a time, or read what was scored before.
-
-    A file says what it was computed from: other weights, settings or sequences are scored anew.
-
-    Args:
-        folder: where scores are kept, under `scores`.
-        model: that has memorized the sequences.
-        sequences: to score.
-        localizer: that scores them.
-        component: kind that it scores.
-        batch: maximum number of sequences at a time.
-
-    Example:
-        >>> scores = localize(Path("work"), model, [sequence], Activations(), NEURONS, batch=16)
-        >>> torch.equal(scores[0], Activations()(model, sequence))
-        True
-    """
-    weights = fingerprint(model)
-    batch = max(1, min(batch, HELD // prod(component.shape(model))))  # a method may read its context once a batch
-    places: list[tuple[Path, int]] = []
-    with tqdm(total=len(sequences), desc="localize", unit="sequence") as progress:
-        for start in range(0, len(sequences), batch):
-            part = sequences[start : start + batch]
-            file = score_file(folder, name_of(localizer), start)
-            of = origin(weights, localizer, part)
-            kept_scores(file, partial(_scored, localizer, model, part, component), of)
-            places += [(file, row) for row in range(len(part))]
-            progress.update(len(part))
-    return KeptScores(places)
 
 
 def origin(weights: str, localizer: AnyLocalizer, sequences: Sequence[MemorizedSequence], *more: Any) -> str:
@@ -137,9 +89,3 @@ def _as_step(kept: Sequence[Any]) -> tuple[int, Step]:
     own, step = kept
     utility = step["utility"]
     return own, Step(**step | {"utility": Utility(**utility | {"accuracies": tuple(utility["accuracies"])})})
-
-
-def _scored(
-    localizer: AnyLocalizer, model: HookedModel, part: Sequence[MemorizedSequence], component: Component
-) -> dict[str, Tensor]:
-    return {"scores": checked_scores(localizer, model, part, component)}

@@ -24,7 +24,7 @@ from memloc_lens.erase.baselines import Unlearning, gradient_ascent, npo
 from memloc_lens.erase.choosing import choose
 from memloc_lens.erase.damage import Budget, Spared
 from memloc_lens.erase.erasing import PRESETS
-from memloc_lens.erase.kept import localize
+from memloc_lens.erase.localizing import localize
 from memloc_lens.erase.training import restored
 from memloc_lens.library_types import HookedModel
 from memloc_lens.runs.methods import configured, resolve

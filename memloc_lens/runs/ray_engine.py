@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import ray
@@ -60,11 +60,15 @@ class RayEngine:
     """Workers of the last call, by what makes them; ray ends those that nothing refers to."""
 
     def __call__(self, make_worker: MakeWorker, jobs: Iterable[Job]) -> Iterator[Record]:
-        """Run the jobs.
+        """Run the jobs; without any, ray is not started.
 
         Raises:
             ValueError: if the cluster cannot be reached or has no room, or for the jobs that failed.
         """
+        jobs = iter(jobs)
+        first = list(islice(jobs, 1))
+        if not first:
+            return
         threads = torch.get_num_threads()
         cores = 1 if self.gpus else threads
         _connect(self.address, (self.workers or 1) * cores)
@@ -76,7 +80,7 @@ class RayEngine:
         self._idle.clear()
         crew = Crew(start, self._size(cores), idle)
         try:
-            yield from crew.run(jobs)
+            yield from crew.run(chain(first, jobs))
         except BaseException:
             crew.kill()
             raise

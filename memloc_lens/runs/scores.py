@@ -78,18 +78,33 @@ def kept_scores(file: Path, compute: Callable[[], Tensors], of: str = "") -> Ten
         compute: makes the tensors.
         of: what they are computed from, as `origin` says.
     """
+    found = _found(file, of)
+    tensors = found or {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
+    if _kept_back:  # also what was found: it may be on a disk of this machine's own
+        _kept_back[-1].append(ScoreFile(file, tensors, of))
+    elif not found:
+        belongs = {"file": file.name, "of": of, "sha256": _sha256(tensors)}
+        with disk_errors(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, lambda part: save_file(tensors, part, belongs))
+    return tensors
+
+
+def is_kept(file: Path, of: str) -> bool:
+    """Tell whether a score file is there, whole, and of what it should be computed from.
+
+    Example:
+        >>> is_kept(Path("scores/a.safetensors"), of="these weights")
+        False
+    """
+    return _found(file, of) is not None
+
+
+def _found(file: Path, of: str) -> Tensors | None:
     try:
         return read_scores(file, of)
     except (OSError, ValueError):
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in compute().items()}
-    if _kept_back:
-        _kept_back[-1].append(ScoreFile(file, tensors, of))
-        return tensors
-    belongs = {"file": file.name, "of": of, "sha256": _sha256(tensors)}
-    with disk_errors(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, lambda part: save_file(tensors, part, belongs))
-    return tensors
+        return None
 
 
 def read_scores(file: Path, of: str | None = None) -> Tensors:

@@ -69,7 +69,7 @@ def test_scores_are_kept(small, monkeypatch):
     def never(*_):
         raise AssertionError
 
-    monkeypatch.setattr("memloc_lens.erase.kept.checked_scores", never)
+    monkeypatch.setattr("memloc_lens.erase.localizing.checked_scores", never)
     assert run(small).succeeded
     with pytest.raises(AssertionError):
         run(replace(small, out=small.out.with_name("other"), method="activations"))
@@ -149,11 +149,10 @@ def test_on_the_command_line(small, recited, monkeypatch, capsys, tmp_path):
     assert "the first recites 6; alone: s0, s1" in shown
 
 
-@pytest.mark.parametrize("command", [main, forgetting_main])
-def test_no_engine_is_offered_that_would_not_be_used(command, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["erase", "--engine", "ray"])
+def test_no_engine_is_offered_that_would_not_be_used(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["forgetting", "--engine", "ray"])
     with pytest.raises(SystemExit):
-        command()
+        forgetting_main()
     assert "--engine" in capsys.readouterr().err
 
 

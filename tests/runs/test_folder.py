@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from memloc_lens.runs import folder as folder_module
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.provenance import provenance
-from memloc_lens.runs.scores import kept_scores, score_file
+from memloc_lens.runs.scores import kept_scores, score_file, score_files_kept_back
 
 ZERO_OUT = {"callable": "memloc_lens:ZeroOut", "first_layer": 1}
 CONFIG = {"model": "m", "ratios": (0.1,), "methods": {"zero-out": ZERO_OUT}}
@@ -133,6 +133,15 @@ def test_scores_are_computed_once(tmp_path):
     assert len(calls) == 2  # once by the file, once by this test
     assert score_file(tmp_path, "zero-out", 12).name == "zero-out-00012.safetensors"
     assert score_file(tmp_path, "zero-out", 0.05, 3).name == "zero-out-0.05-00003.safetensors"
+
+
+def test_scores_that_a_worker_finds_are_handed_back(tmp_path):
+    """Its disk may be another than that of the run."""
+    kept_scores(file := score_file(tmp_path, "x"), lambda: {"scores": torch.ones(2)}, "these weights")
+    with score_files_kept_back() as files:
+        assert kept_scores(file, dict, "these weights")["scores"].tolist() == [1, 1]
+    (found,) = files
+    assert (found.path, found.tensors["scores"].tolist(), found.of) == (file, [1, 1], "these weights")
 
 
 def test_scores_cut_short_are_computed_again(tmp_path):

@@ -6,8 +6,9 @@ import pytest
 
 from memloc_lens.benchmarks.deletion import DeletionSettings
 from memloc_lens.benchmarks.injection import InjectionSettings
+from memloc_lens.erase.command import EraseSettings
 from memloc_lens.runs import parallel
-from memloc_lens.runs.command_line import parse
+from memloc_lens.runs.command_line import parse, parser
 from memloc_lens.runs.jobs import serial
 from memloc_lens.runs.parallel import Parallel
 
@@ -23,6 +24,9 @@ def test_options(tmp_path):
     (file := tmp_path / "run.toml").write_text('engine = "ray"\nworkers = 4\n')
     assert parse(InjectionSettings, "inj", "", ["--config", str(file)]).parallel == Parallel("ray", 4)
     assert parse(DeletionSettings, "del", "", []).parallel.engine_for(None) is serial
+    read = parser(EraseSettings, "erase", "")
+    assert read("--engine ray --workers 4 --gpus-per-worker 0.5 --address auto".split()).parallel == parsed.parallel
+    assert read([]).parallel == Parallel()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Runs on workers of ray: what they find, and what becomes of a run whose workers die."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -13,17 +14,21 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from ray_jobs import MakeWork, Mortal, make_work
+from ray_jobs import MakeWork, Mortal, Unsure, make_work
 
 from conftest import records_of
+from memloc_lens import NEURONS, load_model, load_sequences
 from memloc_lens.benchmarks import deletion, injection
 from memloc_lens.data import find
 from memloc_lens.data.found import FindSettings
+from memloc_lens.erase import command, localizing
+from memloc_lens.erase.command import EraseSettings
 from memloc_lens.runs.command_line import run_command
 from memloc_lens.runs.folder import RunFolder
 from memloc_lens.runs.jobs import InMemory, Job, run_jobs
 from memloc_lens.runs.parallel import Parallel
 from memloc_lens.runs.scores import read_scores
+from memloc_lens.runs.settings import RunSettings
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore:.*:FutureWarning:ray", "ignore:.*:ResourceWarning")
@@ -90,11 +95,51 @@ def test_find(recited, tmp_path):
     assert written[0] == written[1] != ""
 
 
-def test_who_does_the_work_is_no_part_of_a_run(whole_del):
+@pytest.mark.parametrize("model", ["recited", pytest.param("embedded", marks=pytest.mark.slow)])
+def test_erase(model, recited, tmp_path, monkeypatch):
+    """With a method that reads a context."""
+    from memloc_lens.runs import ray_engine
+
+    own = dict(text_tokens=128)
+    if model == "recited":
+        own = dict(model=str(recited / "model"), data=recited / "data.jsonl")
+    settings = EraseSettings(
+        **own, method="protect-iterative-gradient", context_sequences=1, component="neuron", limit=3, batch=2,
+        negatives=1, until="accuracy", max_ppl_rise=100, max_neg_loss=100, device="cpu", quiet=True,
+        out=tmp_path / "here",
+    )  # fmt: skip
+    here = command.run(settings)
+    monkeypatch.setattr(localizing, "checked_scores", None)  # this process scores nothing any more
+    on_ray = replace(settings, out=tmp_path / "ray", parallel=TWO)
+    erasure = command.run(on_ray)
+    assert erasure.succeeded
+    assert (erasure.components, erasure.steps) == (here.components, here.steps)
+    assert len(scores_of(on_ray.work)) == 2
+    assert scores_of(on_ray.work) == scores_of(settings.work)
+    shutil.rmtree(on_ray.out)
+    monkeypatch.setattr(ray_engine, "_connect", None)  # all is kept, and ray is not started
+    assert command.run(on_ray).components == here.components
+
+
+def test_an_error_of_an_erasures_method_is_that_of_one_process(recited, tmp_path):
+    model = load_model(recited / "model", device="cpu")
+    targets = load_sequences(model, recited / "data.jsonl")[:3]
+    settings = RunSettings(model=str(recited / "model"), device="cpu", parallel=Parallel("ray", workers=1))
+    for out, own in ((tmp_path / "here", None), (tmp_path / "ray", settings)):
+        with pytest.raises(ValueError, match=r"^unsure returned 384 NaN scores, the first for s1; components"):
+            localizing.localize(out, model, targets, Unsure(of="s1"), NEURONS, batch=1, settings=own)
+    assert scores_of(tmp_path / "ray") == scores_of(tmp_path / "here")
+    assert list(scores_of(tmp_path / "ray")) == ["unsure-00000.safetensors"]
+
+
+def test_who_does_the_work_is_no_part_of_a_run(whole_del, monkeypatch):
+    from memloc_lens.runs import ray_engine
+
+    monkeypatch.setattr(ray_engine, "_connect", None)  # nothing is missing, and ray is not started
     before = {
         path: path.read_bytes() for path in whole_del.out.rglob("*") if path.is_file() and "lock" not in path.name
     }
-    deletion.run(replace(whole_del, parallel=TWO))  # starts no worker, since nothing is missing
+    deletion.run(replace(whole_del, parallel=TWO))
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -147,7 +192,7 @@ def test_sigterm_while_ray_starts(monkeypatch, capsys):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     with pytest.raises(SystemExit) as end:
-        run_command(lambda arguments: None, lambda _: list(RayEngine()(make_work, [])), print, [])
+        run_command(lambda arguments: None, lambda _: list(RayEngine()(make_work, jobs(""))), print, [])
     assert end.value.code == 128 + signal.SIGTERM
     assert "repeat the command to resume" in capsys.readouterr().err
 
@@ -160,16 +205,16 @@ def test_an_address_where_nothing_answers(monkeypatch):
         free.bind(("127.0.0.1", 0))  # and does not listen
         address = f"127.0.0.1:{free.getsockname()[1]}"
         with pytest.raises(ValueError, match=f"^ray cannot be reached at {address}: .*refused"):
-            next(iter(RayEngine(address=address)(make_work, [])))
+            next(iter(RayEngine(address=address)(make_work, jobs(""))))
 
 
 def test_more_workers_than_there_is_room_for():
     from memloc_lens.runs.ray_engine import RayEngine
 
     with pytest.raises(ValueError, match="workers is 3, and there is room for 2 that take 1 cores and 0 GPUs each"):
-        next(iter(RayEngine(workers=3)(make_work, [])))
+        next(iter(RayEngine(workers=3)(make_work, jobs(""))))
     with pytest.raises(ValueError, match="workers is 1, and there is room for 0 that take 1 cores and 0"):
-        next(iter(RayEngine(gpus=0.5)(make_work, [])))
+        next(iter(RayEngine(gpus=0.5)(make_work, jobs(""))))
 
 
 def test_steps_share_their_workers_and_the_next_work_does_not(tmp_path):
