@@ -1,0 +1,127 @@
+"""GPUs that are not there: `PretendedGPUs` refuses to mix tensors of different devices, as CUDA does.
+
+All numbers stay on the CPU, and a tag beside each tensor says where it would be: a missing `.to(device)` fails as it
+would on GPUs, and `tensor.device` is what it would be there. What backward passes do inside of torch is not seen.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from memloc_lens import memory
+
+CPU = torch.device("cpu")
+
+OF_MODULES = {torch.device, torch._C._nn._parse_to, torch._has_compatible_shallow_copy_type}
+"""What a module that is moved calls beside moving its tensors."""
+INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
+TO_NUMBERS = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+              Tensor.__repr__, Tensor.__format__, Tensor.__len__, Tensor.__contains__}  # fmt: skip
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch, count: int = 1) -> "PretendedGPUs":
+    """Let torch count so many GPUs with room on them, and return the mode that pretends them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(memory, "_free", lambda device: 2**34)
+    return PretendedGPUs()
+
+
+class PretendedGPUs(TorchFunctionMode):
+    """Tensors made on "cuda:1" are on the CPU and tagged; operations refuse tensors with different tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.where = WeakTensorKeyDictionary()
+
+    def of(self, tensor: Tensor) -> torch.device:
+        """Where a tensor is."""
+        return self.where.get(tensor, CPU)
+
+    def __torch_function__(self, function, types, given=(), options=None):
+        options = dict(options or {})
+        if function in OF_MODULES:
+            return function(*given, **options)
+        if function == Tensor.device.__get__:
+            return self.of(given[0])
+        if function in (Tensor.is_cuda.__get__, Tensor.is_cpu.__get__):
+            return (self.of(given[0]) != CPU) == (function == Tensor.is_cuda.__get__)
+        if function is Tensor.numpy and self.of(given[0]) != CPU:
+            raise TypeError(f"can't convert {self.of(given[0])} device type tensor to numpy")
+        if function == Tensor.data.__set__:
+            self.where[given[0]] = self.of(given[1])
+            return function(*given)
+        tensors = [value for value in tree_flatten((given, options))[0] if isinstance(value, Tensor)]
+        target = self._asked(function, given, options)
+        if target is None and function is not torch.autograd.grad:
+            target = self._common(function, tensors)
+        given, options = tree_map(_on_cpu, (tuple(given), options))
+        if function is Tensor.cuda:
+            function, given = Tensor.clone, given[:1]
+        result = function(*given, **options)
+        if function is torch.autograd.grad:  # a gradient is where its input is
+            inputs = given[1] if isinstance(given[1], list | tuple) else given[1:2]
+            for gradient, own in zip(result, inputs, strict=True):
+                self.where[gradient] = self.of(own)
+            return result
+        for value in tree_flatten(result)[0]:
+            if isinstance(value, Tensor):
+                same = [tensor for tensor in tensors if tensor is value]
+                if same and self.of(value) != target:  # a move that moved nothing
+                    value = value.clone()
+                    result = value
+                self.where[value] = target
+        return result
+
+    def _asked(self, function, given, options) -> torch.device | None:
+        """Where the result is to be, if the call says so."""
+        wanted = options.get("device")
+        if function is Tensor.cpu:
+            wanted = CPU
+        elif function is Tensor.cuda:
+            wanted = "cuda"
+        elif function is Tensor.to:
+            for value in given[1:]:
+                if isinstance(value, Tensor):
+                    wanted = self.of(value)
+                elif isinstance(value, str | torch.device):
+                    wanted = value
+            wanted = self.of(given[0]) if wanted is None else wanted
+        elif function is Tensor.type_as:
+            wanted = self.of(given[1])
+        elif function is Tensor.copy_:
+            wanted = self.of(given[0])
+        return None if wanted is None else _indexed(torch.device(wanted))
+
+    def _common(self, function, tensors: list[Tensor]) -> torch.device:
+        if function in INDEXING and tensors:  # indices may be on the CPU for a GPU, and numbers on the CPU for all
+            first, *others = tensors
+            own = self.of(first)
+            for other in others:
+                if self.of(other) not in (own, CPU):
+                    self._refuse(function, {own, self.of(other)})
+            if function is Tensor.__setitem__ and others and others[-1].ndim and self.of(others[-1]) != own:
+                self._refuse(function, {own, self.of(others[-1])})
+            return own
+        scalars = not (function in (torch.cat, torch.stack))
+        places = {self.of(tensor) for tensor in tensors if tensor.ndim or self.of(tensor) != CPU or not scalars}
+        if len(places) > 1 and function not in TO_NUMBERS:
+            self._refuse(function, places)
+        return places.pop() if places else CPU
+
+    def _refuse(self, function, places: set[torch.device]) -> None:
+        named = " and ".join(sorted(map(str, places)))
+        raise RuntimeError(f"expected all tensors on one device, but {resolve_name(function)} got {named}")
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def _on_cpu(value):
+    if isinstance(value, torch.device):
+        return CPU
+    return "cpu" if isinstance(value, str) and value.split(":")[0] == "cuda" else value
