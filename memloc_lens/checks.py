@@ -43,6 +43,11 @@ def check_model(model: object) -> HookedModel:
                 "again, and keep the result of torch.compile(model) beside it"
             )
     if is_bridge(model):
+        if model.cfg.n_devices > 1:
+            raise ValueError(
+                f"{model.cfg.model_name} is a TransformerBridge on {model.cfg.n_devices} devices, and it must be on "
+                "one; load it without n_devices and device_map"
+            )
         check_bridge(model)
     return model
 
