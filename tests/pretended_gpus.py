@@ -106,8 +106,8 @@ class PretendedGPUs(TorchFunctionMode):
             if function is Tensor.__setitem__ and others and others[-1].ndim and self.of(others[-1]) != own:
                 self._refuse(function, {own, self.of(others[-1])})
             return own
-        scalars = not (function in (torch.cat, torch.stack))
-        places = {self.of(tensor) for tensor in tensors if tensor.ndim or self.of(tensor) != CPU or not scalars}
+        joins = function in (torch.cat, torch.stack)  # which take no numbers on the CPU
+        places = {self.of(tensor) for tensor in tensors if tensor.ndim or joins or self.of(tensor) != CPU}
         if len(places) > 1 and function not in TO_NUMBERS:
             self._refuse(function, places)
         return places.pop() if places else CPU

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from pretended_gpus import CPU, PretendedGPUs, pretended
-from test_surroundings import LOCALIZERS, SEQUENCES, everything
+from pretended_gpus import PretendedGPUs, pretended
+from test_surroundings import SEQUENCES, everything
 from tiny import tiny_model
 
 from memloc_lens.models.placement import place

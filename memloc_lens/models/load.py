@@ -73,7 +73,10 @@ def load_model(
     _check_dtype(dtype)
     backend = check_backend(backend)
     if backend == "bridge" and n_devices > 1:
-        raise ValueError(f"n_devices is {n_devices}, and a TransformerBridge must be on one device; leave out n_devices")
+        raise ValueError(
+            f"n_devices is {n_devices}, and a TransformerBridge must be on one device; leave out n_devices, or give "
+            "the backend 'hooked', which TransformerLens has before version 4"
+        )
     from memloc_lens.models.sources import read_original
 
     original = read_original(name, revision, dtype, backend, n_devices)

@@ -32,14 +32,13 @@ def check_device(device: str | torch.device | None, n_devices: int = 1) -> torch
         device(type='cpu')
     """
     check_number("n_devices", n_devices, least=1, whole=True)
-    if device is None:
-        known = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    else:
-        known = _known_device(device)
+    known = _known_device(device)
     return known if n_devices == 1 else _first_of(known, n_devices)
 
 
 def _known_device(device: object) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     known = _parse_device(device)
     if known.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
