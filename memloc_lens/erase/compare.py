@@ -227,8 +227,13 @@ def run(settings: CompareSettings) -> Comparison:
     differences = compare(settings.first, settings.second)
     if settings.data is None:
         return Comparison(differences)
-    where: dict[str, Any] = dict(device=settings.device, n_devices=settings.n_devices)
-    ask = partial(recited_by, data=settings.data, limit=settings.limit, **where)
+    ask = partial(
+        recited_by,
+        data=settings.data,
+        limit=settings.limit,
+        device=settings.device,
+        n_devices=settings.n_devices,
+    )
     return Comparison(differences, (ask(settings.first), ask(settings.second)))
 
 

@@ -91,5 +91,5 @@ def output_norms(model: HookedModel, component: Component) -> Float[Tensor, " la
 def _norms_of(block: Any, component: Component) -> Float[Tensor, "*unit"]:
     if component is HEADS:
         return block.attn.W_O.detach().float().flatten(1).norm(dim=1)
-    rows = block.mlp.W_out.detach().float()  # [neuron, d_model]
-    return rows.abs() if component is WEIGHTS else rows.contiguous().norm(dim=1)
+    rows = block.mlp.W_out.detach().float().contiguous()  # [neuron, d_model]; another order is another rounding
+    return rows.abs() if component is WEIGHTS else rows.norm(dim=1)
