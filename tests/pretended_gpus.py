@@ -4,6 +4,9 @@ All numbers stay on the CPU, and a tag beside each tensor says where it would be
 would on GPUs, and `tensor.device` is what it would be there. What backward passes do inside of torch is not seen.
 """
 
+from collections import defaultdict
+from typing import ClassVar
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,16 +29,26 @@ def pretended(monkeypatch: pytest.MonkeyPatch, count: int = 1) -> "PretendedGPUs
     """Let torch count so many GPUs with room on them, and return the mode that pretends them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(memory, "_free", lambda device: 2**34)
+    monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
     return PretendedGPUs()
+
+
+def _grouped(columns: list[list[Tensor]], with_indices: bool = False) -> dict:
+    """Group tensors as torch does in C++, where it does not see what is pretended."""
+    rows = defaultdict(list)
+    for index, tensor in enumerate(columns[0]):
+        rows[tensor.device, tensor.dtype].append(index)
+    return {key: ([[column[row] for row in own] if column else [] for column in columns], own)
+            for key, own in rows.items()}  # fmt: skip
 
 
 class PretendedGPUs(TorchFunctionMode):
     """Tensors made on "cuda:1" are on the CPU and tagged; operations refuse tensors with different tags."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.where = WeakTensorKeyDictionary()
+    where: ClassVar[WeakTensorKeyDictionary] = WeakTensorKeyDictionary()
+    """Of all modes: the package keeps some tensors for as long as a process lasts."""
 
     def of(self, tensor: Tensor) -> torch.device:
         """Where a tensor is."""

@@ -4,10 +4,13 @@ TransformerLens' forward pass moves the residual stream to the GPU of each layer
 by free memory, which is another one.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from memloc_lens.checks import check_number
 from memloc_lens.library_types import HookedModel
@@ -128,4 +131,17 @@ def place(model: HookedModel, device: torch.device, n_devices: int = 1) -> Hooke
             part.to(last if name in ("ln_final", "unembed") else device)
     for block, own in zip(model.blocks, where, strict=True):
         block.to(own)
+    vars(model)["loss_fn"] = functools.partial(_loss, model.loss_fn)
     return model
+
+
+def _loss(
+    loss_fn: Callable[..., Tensor],
+    logits: Float[Tensor, "row pos d_vocab"],
+    tokens: Int[Tensor, "row pos"],
+    attention_mask: Int[Tensor, "row pos"] | None = None,
+    per_token: bool = False,
+) -> Float[Tensor, "..."]:
+    """Move the mask to the logits; TransformerLens moves the tokens alone."""
+    mask = None if attention_mask is None else attention_mask.to(logits.device)
+    return loss_fn(logits, tokens, mask, per_token)
