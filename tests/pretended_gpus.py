@@ -5,16 +5,19 @@ would on GPUs, and `tensor.device` is what it would be there. What backward pass
 """
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import ClassVar
 
 import pytest
 import torch
+from tiny import tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
-from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
+from transformer_lens import HookedTransformer
 
 from memloc_lens import memory
+from memloc_lens.models.placement import place
 
 CPU = torch.device("cpu")
 
@@ -33,6 +36,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch, count: int = 1) -> "PretendedGPUs
     monkeypatch.setattr(memory, "_free", lambda device: 2**34)
     monkeypatch.setattr(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype", staticmethod(_grouped))
     return PretendedGPUs()
+
+
+def placed(gpus: "PretendedGPUs", **changes) -> HookedTransformer:
+    """A tiny model whose layers are on two GPUs."""
+    with gpus:
+        return place(tiny_model(**changes), torch.device("cuda", 0), 2)
 
 
 def _grouped(columns: list[list[Tensor]], with_indices: bool = False) -> dict:
@@ -67,11 +76,11 @@ class PretendedGPUs(TorchFunctionMode):
         if function == Tensor.data.__set__:
             self.where[given[0]] = self.of(given[1])
             return function(*given)
-        tensors = [value for value in tree_flatten((given, options))[0] if isinstance(value, Tensor)]
+        tensors = [*_tensors_in(given), *_tensors_in(options)]
         target = self._asked(function, given, options)
         if target is None and function is not torch.autograd.grad:
             target = self._common(function, tensors)
-        given, options = tree_map(_on_cpu, (tuple(given), options))
+        given, options = tuple(map(_on_cpu, given)), {name: _on_cpu(value) for name, value in options.items()}
         if function is Tensor.cuda:
             function, given = Tensor.clone, given[:1]
         result = function(*given, **options)
@@ -80,13 +89,10 @@ class PretendedGPUs(TorchFunctionMode):
             for gradient, own in zip(result, inputs, strict=True):
                 self.where[gradient] = self.of(own)
             return result
-        for value in tree_flatten(result)[0]:
-            if isinstance(value, Tensor):
-                same = [tensor for tensor in tensors if tensor is value]
-                if same and self.of(value) != target:  # a move that moved nothing
-                    value = value.clone()
-                    result = value
-                self.where[value] = target
+        if any(result is tensor and self.of(tensor) != target for tensor in tensors):  # a move that moved nothing
+            result = result.clone()
+        for tensor in _tensors_in(result):
+            self.where[tensor] = target
         return result
 
     def _asked(self, function, given, options) -> torch.device | None:
@@ -128,6 +134,14 @@ class PretendedGPUs(TorchFunctionMode):
     def _refuse(self, function, places: set[torch.device]) -> None:
         named = " and ".join(sorted(map(str, places)))
         raise RuntimeError(f"expected all tensors on one device, but {resolve_name(function)} got {named}")
+
+
+def _tensors_in(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(part)
 
 
 def _indexed(device: torch.device) -> torch.device:

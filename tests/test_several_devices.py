@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from pretended_gpus import CPU, PretendedGPUs, pretended
+from pretended_gpus import PretendedGPUs, placed
 from test_surroundings import SEQUENCES, everything
 from tiny import tiny_model, tiny_sequence
 
@@ -28,20 +28,18 @@ from memloc_lens import (
     ZeroOut,
     ablate,
     inject,
-    load_model,
     smallest_set,
 )
-from memloc_lens.benchmarks import deletion, injection, roles
+from memloc_lens.benchmarks import deletion, injection, roles, specificity
 from memloc_lens.erase.baselines import Unlearning, gradient_ascent
+from memloc_lens.erase.command import EraseSettings
+from memloc_lens.erase.command import run as erase
 from memloc_lens.erase.relearning import Relearning
 from memloc_lens.erase.ways import zeroed
 from memloc_lens.forward import PrefixCache
 from memloc_lens.metrics import free_running, row_losses, suffix_loss, suffix_probabilities
-from memloc_lens.models.placement import place
 from memloc_lens.plots.tokens import token_losses
-from memloc_lens.runs.fingerprint import fingerprint
-
-FIRST, SECOND = (torch.device("cuda", index) for index in range(2))
+from memloc_lens.report.command import ReportSettings, write_report
 
 SHAPES = {
     "GPT-2": dict(),
@@ -69,16 +67,6 @@ METHODS = [
     Protect(Gradient(), CONTEXT, share=0.2),
     Contrast(Activations(), CONTEXT),
 ]
-
-
-@pytest.fixture
-def gpus(monkeypatch) -> PretendedGPUs:
-    return pretended(monkeypatch, 2)
-
-
-def placed(gpus: PretendedGPUs, **changes):
-    with gpus:
-        return place(tiny_model(**changes), FIRST, 2)
 
 
 def same_on_both(gpus: PretendedGPUs, work: Callable, **changes) -> None:
@@ -185,48 +173,6 @@ def test_the_plain_ways(gpus):
     same_on_both(gpus, work, n_layers=3)
 
 
-def test_layers_are_where_their_streams_go(gpus):
-    model = placed(gpus, n_layers=5)
-    with gpus:
-        of_blocks = [{parameter.device for parameter in block.parameters()} for block in model.blocks]
-        assert of_blocks == [{FIRST}, {FIRST}, {FIRST}, {SECOND}, {SECOND}]
-        assert model.W_E.device == model.W_pos.device == FIRST
-        assert model.W_U.device == model.ln_final.w.device == SECOND
-        assert (model.cfg.device, model.cfg.n_devices) == ("cuda:0", 2)
-        assert model(SEQUENCES[0].tokens).device == SECOND
-        assert suffix_loss(model, SEQUENCES).device == CPU
-        assert torch.equal(placed(gpus, n_layers=5).W_U.cpu(), model.W_U.cpu())
-        assert fingerprint(model) == fingerprint(tiny_model(n_layers=5))
-
-
-def test_one_device_is_as_before(gpus):
-    assert place(tiny_model(), CPU).cfg.n_devices == 1
-    with gpus:
-        model = place(tiny_model(), torch.device("cuda"))
-    assert (model.cfg.device, model.cfg.n_devices) == ("cuda", 1)
-
-
-def test_loading(gpus, folder):
-    sequence = tiny_sequence()
-    expected = free_running(load_model(folder, device="cpu"), [sequence])
-    with gpus:
-        model = load_model(folder, device="cuda", n_devices=2)
-        assert {parameter.device for parameter in model.parameters()} == {FIRST, SECOND}
-        assert torch.equal(free_running(model, [sequence])[0], expected[0])
-
-
-def test_a_tokenizer_that_pads_on_the_left(gpus):
-    """TransformerLens then makes a mask of attention, on the first device."""
-    texts = ["Return the number of", "Raise"]
-    expected = load_model(device="cpu")
-    with gpus:
-        model = load_model(device="cuda", n_devices=2)
-        found = model.generate(texts, max_new_tokens=4, do_sample=False, verbose=False)
-        loss = model(texts, return_type="loss", padding_side="left")
-    assert found == expected.generate(texts, max_new_tokens=4, do_sample=False, verbose=False)
-    assert torch.allclose(loss, expected(texts, return_type="loss", padding_side="left"), atol=1e-5)
-
-
 def records_like(found: list[dict], expected: list[dict]) -> bool:
     return len(found) == len(expected) and all(
         one.keys() == other.keys() and all(_like(one[name], other[name]) for name in one)
@@ -249,3 +195,26 @@ def test_runs(gpus, small_del, small_inj, tmp_path):
         assert records_like(records_of(on_gpus.out), records_of(settings.out))
         for path in (settings.out, on_gpus.out):
             path.rename(tmp_path / f"{path.name}-{benchmark.__name__}")
+
+
+def test_analyses_of_a_run(gpus, whole_del, tmp_path):
+    where = dict(device="cuda", n_devices=2)
+    with gpus:
+        found = specificity.analyse(specificity.SpecificitySettings(whole_del.out, **where))
+        page = write_report(ReportSettings((whole_del.out,), out=tmp_path / "report.html", **where))
+    assert page.stat().st_size > 10**4
+    assert found == specificity.analyse(specificity.SpecificitySettings(whole_del.out, device="cpu"))
+
+
+def test_an_erased_checkpoint(gpus, recited, tmp_path):
+    settings = EraseSettings(
+        model=str(recited / "model"), data=recited / "data.jsonl", limit=1, max_neg_loss=100, first_layer=0,
+        method="gradient", component="neuron", until="greedy",
+    )  # fmt: skip
+    with gpus:
+        found = erase(replace(settings, device="cuda", n_devices=2, out=tmp_path / "gpus"))
+    expected = erase(replace(settings, device="cpu", out=tmp_path / "cpu"))
+    assert found.succeeded
+    assert found.components == expected.components
+    written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("gpus", "cpu")]
+    assert written[0] == written[1]
