@@ -10,13 +10,12 @@ from typing import ClassVar
 
 import pytest
 import torch
-from tiny import tiny_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformer_lens import HookedTransformer
 
 from memloc_lens import memory
+from memloc_lens.library_types import HookedModel
 from memloc_lens.models.placement import place
 
 CPU = torch.device("cpu")
@@ -38,10 +37,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch, count: int = 1) -> "PretendedGPUs
     return PretendedGPUs()
 
 
-def placed(gpus: "PretendedGPUs", **changes) -> HookedTransformer:
-    """A tiny model whose layers are on two GPUs."""
+def placed(gpus: "PretendedGPUs", model: HookedModel) -> HookedModel:
+    """Put the layers of a model on two GPUs."""
     with gpus:
-        return place(tiny_model(**changes), torch.device("cuda", 0), 2)
+        return place(model, torch.device("cuda", 0), 2)
 
 
 def _grouped(columns: list[list[Tensor]], with_indices: bool = False) -> dict:

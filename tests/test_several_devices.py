@@ -72,7 +72,7 @@ METHODS = [
 def same_on_both(gpus: PretendedGPUs, work: Callable, **changes) -> None:
     """Check that some work on a model gives the same tensors on two GPUs as on the CPU."""
     expected = work(tiny_model(**changes))
-    model = placed(gpus, **changes)
+    model = placed(gpus, tiny_model(**changes))
     with gpus:
         found = work(model)
     for one, other in zip(found, expected, strict=True):

@@ -29,7 +29,7 @@ FIRST, SECOND = (torch.device("cuda", index) for index in range(2))
 
 
 def test_layers_are_where_their_streams_go(gpus):
-    model = placed(gpus, n_layers=5)
+    model = placed(gpus, tiny_model(n_layers=5))
     with gpus:
         of_blocks = [{parameter.device for parameter in block.parameters()} for block in model.blocks]
         assert of_blocks == [{FIRST}, {FIRST}, {FIRST}, {SECOND}, {SECOND}]
@@ -38,7 +38,7 @@ def test_layers_are_where_their_streams_go(gpus):
         assert (model.cfg.device, model.cfg.n_devices) == ("cuda:0", 2)
         assert model(tiny_sequence().tokens).device == SECOND
         assert suffix_loss(model, [tiny_sequence()]).device == CPU
-        assert torch.equal(placed(gpus, n_layers=5).W_U.cpu(), model.W_U.cpu())
+        assert torch.equal(placed(gpus, tiny_model(n_layers=5)).W_U.cpu(), model.W_U.cpu())
         assert fingerprint(model) == fingerprint(tiny_model(n_layers=5))
 
 
@@ -127,7 +127,7 @@ def test_workers_have_as_many_gpus_as_their_models(gpus, monkeypatch):
 
 
 def test_a_budget_is_that_of_each_device(gpus, monkeypatch):
-    model, taken, free = placed(gpus), {FIRST: 2**30, SECOND: 2**31}, {FIRST: 2**34, SECOND: 2**20}
+    model, taken, free = placed(gpus, tiny_model()), {FIRST: 2**30, SECOND: 2**31}, {FIRST: 2**34, SECOND: 2**20}
     monkeypatch.setattr(memory, "_taken", taken.__getitem__)
     monkeypatch.setattr(memory, "_free", free.__getitem__)
     assert devices_of(model) == [FIRST, SECOND]
