@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from memloc_lens.library_types import HookedModel
+from memloc_lens.library_types import HookedModel, TransformerBridge
 
 
 def devices_of(model: HookedModel) -> list[torch.device]:
@@ -45,3 +45,26 @@ def rows_of(values: Shaped[Tensor, "row ..."], rows: Int[Tensor, " some_row"]) -
         [7, 5]
     """
     return values[rows.to(values.device)]
+
+
+def check_several(model: HookedModel) -> None:
+    """Refuse a model on several devices whose layers are not where its forward pass sends the residual stream.
+
+    Raises:
+        ValueError: naming the layer, or a `TransformerBridge`.
+    """
+    from transformer_lens.utilities.multi_gpu import get_device_for_block_index
+
+    name, count = model.cfg.model_name, model.cfg.n_devices
+    if isinstance(model, TransformerBridge):
+        raise ValueError(
+            f"{name} is a TransformerBridge on {count} devices, and it must be on one; load it without n_devices and "
+            "device_map"
+        )
+    for layer, block in enumerate(model.blocks):
+        here, wanted = device_of(block), get_device_for_block_index(layer, model.cfg)
+        if here != wanted:
+            raise ValueError(
+                f"layer {layer} of {name} is on {here}, and with n_devices {count} its input goes to {wanted}; load "
+                f"the model with load_model(..., n_devices={count}), and leave it there"
+            )

@@ -117,6 +117,18 @@ def test_a_bridge_on_several_devices_is_refused():
         check_model(model)
 
 
+def test_layers_that_are_elsewhere_are_refused(gpus):
+    model = placed(gpus, tiny_model())
+    with gpus:
+        model.to("cuda:0", print_details=False)
+        with pytest.raises(
+            ValueError, match=r"layer 1 of custom is on cuda:0, and .* its input goes to cuda:1; load the"
+        ):
+            suffix_loss(model, [tiny_sequence()])
+        model.to("cpu", print_details=False)
+        suffix_loss(model, [tiny_sequence()])
+
+
 def test_workers_have_as_many_gpus_as_their_models(gpus, monkeypatch):
     monkeypatch.setattr(parallel, "find_spec", lambda name: object())
     assert Parallel("ray").engine_for("cuda:0", 2).gpus == 2
