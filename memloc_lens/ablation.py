@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memloc_lens.checks import check_choice, check_model, check_not_compiled, check_number, described
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
+from memloc_lens.devices import device_of
 from memloc_lens.forward import at_least_float32
 from memloc_lens.isolation import isolated
 from memloc_lens.library_types import HookedModel
@@ -68,7 +69,7 @@ def ablate(
     zero = torch.zeros((), device="cpu")
     edits: dict[int, Edit] = {}
     for layer in range(model.cfg.n_layers):
-        rows = [members.layer(layer).to(model.cfg.device) for members in sets]
+        rows = [members.layer(layer).to(device_of(model.blocks[layer])) for members in sets]
         if any(row.any() for row in rows):
             members = component.aligned(rows[0] if isinstance(components, ComponentSet) else torch.stack(rows))
             if kind == "scale":
@@ -178,9 +179,8 @@ def mean_activations(
     with isolated(model):
         for _, batch in equal_length_batches(sequences, size=16):
             _, cache = model.run_with_cache(batch.tokens.to(model.cfg.device), return_type=None, names_filter=names)
-            total = total + torch.stack(
-                [at_least_float32(component.read(model, cache[name])).sum(dim=(0, 1)) for name in names]
-            )
+            sums = (at_least_float32(component.read(model, cache[name])).sum(dim=(0, 1)) for name in names)
+            total = total + torch.stack([values.to(model.cfg.device) for values in sums])
     assert isinstance(total, Tensor)
     return total / sum(len(sequence.tokens) for sequence in sequences)
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from memloc_lens.bridge import check_bridge, is_bridge
+from memloc_lens.devices import check_several
 from memloc_lens.library_types import HookedModel
 
 
@@ -42,6 +43,8 @@ def check_model(model: object) -> HookedModel:
                 f"{name or 'the model'} was compiled in place, and compiled code does not see hooks; load the model "
                 "again, and keep the result of torch.compile(model) beside it"
             )
+    if model.cfg.n_devices > 1:
+        check_several(model)
     if is_bridge(model):
         check_bridge(model)
     return model

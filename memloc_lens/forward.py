@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 from memloc_lens.bridge import has_forward_hooks, is_bridge, run_between, stream_entering
 from memloc_lens.checks import check_first_layer, check_model
 from memloc_lens.components import post
+from memloc_lens.devices import device_of
 from memloc_lens.heap import kept_memory
 from memloc_lens.hooks import END, hooked, hooked_after_neurons
 from memloc_lens.isolation import gradients_possible, isolated
@@ -104,7 +105,8 @@ class CleanPass:
     """What a pass leaves behind, with the hooks that were open.
 
     Args:
-        streams: the residual stream that enters each layer, and the one that leaves the last.
+        streams: the residual stream that enters each layer, where the one before has left it, and the one that
+            leaves the last.
         activations: of each layer's neurons.
     """
 
@@ -164,6 +166,7 @@ def run_layers(
         return whole if hooked(model, *END) else whole[:, targets]
     entering = run_between(model, residual, start, last)
     block, past = model.blocks[last], None
+    entering = entering.to(device_of(block))
     if prompt_len > 1:
         from transformer_lens.cache.key_value_cache_entry import TransformerLensKeyValueCacheEntry
 
@@ -216,7 +219,7 @@ def target_losses(
 ) -> Float[Tensor, "row suffix"]:
     """Return -log p(token | all before it) of every token of the suffix, in nats.
 
-    Of a model in float64 they are in float64, otherwise in float32.
+    Of a model in float64 they are in float64, otherwise in float32; they are on `model.cfg.device`.
 
     Logits are by far the largest tensor of a forward pass. Writing them to memory and reading them back costs more
     than the matrix product that makes them. So a few are made at a time, and if a gradient is wanted and the weights
@@ -243,13 +246,13 @@ def _of_targets(
     suffix = batch.suffix.to(residual.device)
     if model.cfg.output_logits_soft_cap > 0 or model.unembed.W_U.requires_grad or hooked(model, *END):
         logits = at_least_float32(target_logits(model, residual, batch))
-        return of_logits(logits.flatten(0, 1), suffix.flatten())[0].view(suffix.shape)
+        return of_logits(logits.flatten(0, 1), suffix.flatten())[0].view(suffix.shape).to(model.cfg.device)
     normalized = _normalized(model, residual)
     wants_gradient = torch.is_grad_enabled() and normalized.requires_grad
     values = _OfLogits.apply(
         normalized.flatten(0, 1), model.unembed.W_U, model.unembed.b_U, suffix.flatten(), of_logits, wants_gradient
     )
-    return values.view(suffix.shape)
+    return values.view(suffix.shape).to(model.cfg.device)
 
 
 def target_log_odds(

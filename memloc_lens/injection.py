@@ -37,6 +37,7 @@ from memloc_lens.components import (
     count_of,
     post,
 )
+from memloc_lens.devices import device_of
 from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
 from memloc_lens.hooks import check_no_backward_hooks, own
 from memloc_lens.isolation import gradients_possible
@@ -130,8 +131,9 @@ def inject(
             norm_change = torch.zeros(gold.shape, device=change.device, dtype=torch.float32)
             parts = zip(_layers(model, gold), before, _split(change, gold), strict=True)
             for layer, ((block, members), weights, added) in enumerate(parts):
-                block.mlp.W_out.data[members] = (weights + added).to(weights.dtype)
-                norm_change[layer, members] = _norms(block.mlp.W_out.detach()[members]) - _norms(weights)
+                block.mlp.W_out.data[members] = (weights + added.to(weights.device)).to(weights.dtype)
+                longer = _norms(block.mlp.W_out.detach()[members]) - _norms(weights)
+                norm_change[layer, gold[layer]] = longer.to(norm_change.device)
             loss = _loss(model, whole)
             ground_truth = Neurons(gold) if component == "neuron" else ComponentSet(gold, component_of(component))
             yield Injection(ground_truth, loss, steps, loss < target_loss, norm_change)
@@ -166,7 +168,7 @@ def _draw(model: HookedModel, component: Component, ratio: float, seed: int) -> 
 
 
 def _layers(model: HookedModel, gold: Bool[Tensor, " layer *unit"]) -> Iterator[tuple[Any, Tensor]]:
-    return zip(model.blocks, gold, strict=True)
+    return ((block, members.to(device_of(block))) for block, members in zip(model.blocks, gold, strict=True))
 
 
 def _split(change: Float[Tensor, " gold *d_model"], gold: Bool[Tensor, " layer *unit"]) -> tuple[Tensor, ...]:
@@ -190,7 +192,8 @@ def _train(
     """Return the change of the weights, in float32, and the number of Adam steps that it took."""
     first = int(gold.flatten(1).any(dim=1).nonzero()[0])
     with frozen(model):
-        weights = torch.cat([block.mlp.W_out.detach()[members] for block, members in _layers(model, gold)]).float()
+        chosen = (block.mlp.W_out.detach()[members] for block, members in _layers(model, gold))
+        weights = torch.cat([values.to(gold.device) for values in chosen]).float()
         drift = torch.zeros_like(weights, requires_grad=True)
         optimizer = torch.optim.Adam([drift], lr=lr)
 
@@ -239,7 +242,7 @@ def _changed(
                 part: Tensor = part,
                 seen: list[Tensor] = seen,
             ) -> Tensor:
-                return output + _written(seen.pop(), members, part.to(output.dtype))
+                return output + _written(seen.pop(), members, part.to(output))
 
             stack.enter_context(model.hooks(fwd_hooks=[(post(layer), keep)]))
             # a user's hook on the MLP's output comes after what the MLP itself writes

@@ -7,7 +7,7 @@ Default: half of the free memory of the device. If a GPU runs out of memory, hal
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from memloc_lens.devices import devices_of
 from memloc_lens.library_types import HookedModel
 
 CPU_TOKENS_AT_ONCE, GPU_TOKENS_AT_ONCE = 2560, 2**16
@@ -33,12 +34,12 @@ threads keep to it too."""
 
 
 @contextmanager
-def memory_budget(limit: str, device: str | torch.device = "cpu") -> Iterator[None]:
+def memory_budget(limit: str, device: str | torch.device | Sequence[torch.device] = "cpu") -> Iterator[None]:
     """Bound the memory that this process takes on a device while localizers run inside, in any of its threads.
 
     Args:
         limit: of all memory that the process takes there, the model included: "8GiB", "500 MB".
-        device: where the model is.
+        device: where the model is; of several GPUs, the limit is that of each.
 
     Raises:
         ValueError: if the limit is not an amount of memory, or the process takes more already.
@@ -47,7 +48,8 @@ def memory_budget(limit: str, device: str | torch.device = "cpu") -> Iterator[No
         >>> with memory_budget("64GiB"):
         ...     scores = ZeroOut(candidates=0.01)(model, sequence)
     """
-    wanted, taken = parse_memory(limit), _taken(torch.device(device))
+    devices = [torch.device(device)] if isinstance(device, str | torch.device) else device
+    wanted, taken = parse_memory(limit), max(map(_taken, devices))
     if wanted <= taken:
         raise ValueError(
             f"memory is {limit}, and {taken / 2**30:.2f} GiB are taken by the model and Python already; allow more"
@@ -86,10 +88,10 @@ def rows_at_once(model: HookedModel, length: int, targets: int, graph_layers: in
         graph_layers: layers whose activations are kept for a backward pass; 0 keeps none.
         parameters: trained for each row, as the entries of a mask.
     """
-    device = torch.device(model.cfg.device)
-    room = _rooms[-1] if _rooms else _free(device) // 2
+    devices = devices_of(model)
+    room = _rooms[-1] if _rooms else min(map(_free, devices)) // 2
     row_bytes = _row_bytes(model, length, targets, graph_layers) + BYTES_OF_A_PARAMETER * parameters
-    tokens_at_once = CPU_TOKENS_AT_ONCE if device.type == "cpu" else GPU_TOKENS_AT_ONCE
+    tokens_at_once = CPU_TOKENS_AT_ONCE if devices[0].type == "cpu" else GPU_TOKENS_AT_ONCE
     return max(1, min(room // row_bytes, tokens_at_once // length))
 
 

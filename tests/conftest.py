@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretended_gpus import PretendedGPUs, pretended
 from transformer_lens.hook_points import HookPoint
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedModel as Original
@@ -102,6 +103,12 @@ def gpt2(tmp_path_factory) -> HookedModel:
 @pytest.fixture(scope="session")
 def embedded() -> HookedModel:
     return load_model(device="cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch) -> PretendedGPUs:
+    """Two GPUs that are pretended while it is open."""
+    return pretended(monkeypatch, 2)
 
 
 def random_sequence(seed: int = 0, length: int = 14, prompt_len: int = PROMPT) -> MemorizedSequence:

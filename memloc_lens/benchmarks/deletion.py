@@ -93,7 +93,7 @@ def run(settings: DeletionSettings, engine: Engine | None = None) -> DeletionSum
         settings = _with_context(settings, material)
         if settings.budget:
             settings.budget.check(material.targets)
-        engine = engine or settings.parallel.engine_for(material.model.cfg.device)
+        engine = engine or settings.parallel.engine_for(material.model.cfg.device, settings.n_devices)
         with _open_folder(settings, material) as folder:
             return _run_in(folder, settings, material, figures, engine)
 

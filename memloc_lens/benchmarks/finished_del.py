@@ -29,12 +29,13 @@ def _check_configured(run: FinishedRun, *names: str) -> None:
         raise ValueError(f"{run.path / 'config.json'} has no {missing[0]}; run DEL again in a new folder")
 
 
-def load_same_model(run: FinishedRun, device: str | None = None) -> HookedModel:
+def load_same_model(run: FinishedRun, device: str | None = None, n_devices: int = 1) -> HookedModel:
     """Load the model of a run.
 
     Args:
         run: of DEL.
         device: of the model. Default: CUDA if there is one, else the CPU.
+        n_devices: number of GPUs that share its layers.
 
     Raises:
         ValueError: if the configuration is not complete, or the weights are not those of the run.
@@ -43,7 +44,11 @@ def load_same_model(run: FinishedRun, device: str | None = None) -> HookedModel:
     dtype = run.config.get("dtype", "float32")
     check_choice("dtype", dtype, get_args(Precision))
     model = load_model(
-        run.config["model"], device=device, dtype=getattr(torch, dtype), backend=run.config.get("backend")
+        run.config["model"],
+        device=device,
+        n_devices=n_devices,
+        dtype=getattr(torch, dtype),
+        backend=run.config.get("backend"),
     )
     weights = fingerprint(model)
     if run.config.get("weights", weights) != weights:

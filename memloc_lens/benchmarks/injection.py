@@ -105,7 +105,7 @@ def run(settings: InjectionSettings, engine: Engine | None = None) -> InjectionS
         settings = settings.with_ratios()
         check_ratios(settings, model)
         settings = _with_context(settings, material)
-        engine = engine or settings.parallel.engine_for(model.cfg.device)
+        engine = engine or settings.parallel.engine_for(model.cfg.device, settings.n_devices)
         with settings.memory_budget(model), fast_products(model.cfg.device):
             if settings.tune:
                 tuning = replace(settings, out=settings.out / "tuning")

@@ -61,6 +61,7 @@ class RolesSettings:
         ratio: Ratio of the run. Default: its largest.
         text: Other text: a text file, or JSON lines with "text". Default: held-out text of the embedded model.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of the model, from the device on.
         quiet: Show no progress bars, neither of the run nor of the libraries.
         out: JSON file to write the result to.
     """
@@ -69,11 +70,12 @@ class RolesSettings:
     ratio: float | None = None
     text: Path | None = None
     device: str | None = None
+    n_devices: int = 1
     quiet: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
 
 
 class Roles(TypedDict):
@@ -104,7 +106,7 @@ def analyse(settings: RolesSettings, engine: Engine = serial) -> dict[str, Roles
     if run.config.get("component", NEURONS.name) != NEURONS.name:
         raise ValueError(f"{settings.run} is a run on {run.config['component']}s; give one on neurons")
     ratio = run.check_ratio(settings.ratio, max(run.ratios, default=None))
-    model = load_same_model(run, settings.device)
+    model = load_same_model(run, settings.device, settings.n_devices)
     targets = targets_of(run, model, ratio)
     rows = text_rows(model, load_texts(settings.text or HELD_OUT), TEXT_TOKENS, bos=run.config.get("bos"))
     on_text = _sizes(model, [MemorizedSequence(row, 1) for row in rows])
@@ -150,7 +152,8 @@ def _of_target(
     """Return for every neuron how much more it fires on the target, as a power of 2, and whether it promotes it."""
     names = [post(layer) for layer in range(model.cfg.n_layers)]
     _, cache = model.run_with_cache(target.tokens[None].to(model.cfg.device), return_type=None, names_filter=names)
-    on_suffix = torch.stack([cache[name][0, target.prompt_len - 1 : -1].float() for name in names])
+    read = (cache[name][0, target.prompt_len - 1 : -1].float() for name in names)
+    on_suffix = torch.stack([values.to(on_text.device) for values in read])
     firing = (on_suffix.abs().mean(dim=1) / on_text.clamp(min=1e-9)).clamp(min=1e-9).log2()
     wanted = torch.zeros(model.cfg.d_vocab_out, dtype=torch.bool, device=firing.device)
     wanted[target.suffix.to(firing.device)] = True
@@ -163,8 +166,9 @@ def _promoted(model: HookedModel) -> Int[Tensor, "sign layer neuron token"]:
     """Return the tokens that every neuron promotes most, with a positive and with a negative activation."""
     by_layer = []
     for block in model.blocks:
-        written = block.mlp.W_out.float() @ model.W_U.float()
-        by_layer.append(torch.stack([(sign * written).topk(PROMOTED, dim=1).indices for sign in (1, -1)]))
+        written = block.mlp.W_out.float().to(model.W_U.device) @ model.W_U.float()
+        promoted = torch.stack([(sign * written).topk(PROMOTED, dim=1).indices for sign in (1, -1)])
+        by_layer.append(promoted.to(model.cfg.device))
     return torch.stack(by_layer, dim=1)
 
 
@@ -177,7 +181,8 @@ def _sizes(model: HookedModel, sequences: list[MemorizedSequence]) -> Float[Tens
         _, cache = model.run_with_cache(
             sequence.tokens[None].to(model.cfg.device), return_type=None, names_filter=names
         )
-        total.append(torch.stack([cache[name][0].float().abs().mean(dim=0) for name in names]))
+        sizes = (cache[name][0].float().abs().mean(dim=0) for name in names)
+        total.append(torch.stack([values.to(model.cfg.device) for values in sizes]))
     return torch.stack(total).mean(dim=0)
 
 

@@ -59,6 +59,7 @@ class SpecificitySettings:
         shared: Number of components to list, those that most sequences share.
         tokens: Number of tokens to show for each neuron, those on which it fires most.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of the model, from the device on.
         quiet: Show no progress bars, neither of the run nor of the libraries.
         out: JSON file to write all methods' results to.
     """
@@ -69,11 +70,12 @@ class SpecificitySettings:
     shared: int = 5
     tokens: int = 6
     device: str | None = None
+    n_devices: int = 1
     quiet: bool = False
     out: Path | None = None
 
     def __post_init__(self) -> None:
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
         check_number("shared", self.shared, least=0, whole=True)
         check_number("tokens", self.tokens, least=0, whole=True)
 
@@ -144,7 +146,7 @@ def analyse(settings: SpecificitySettings, engine: Engine = serial) -> Specifici
         run.check_method(settings.method)
     if any("acc_changes" not in record for record in run.records):
         raise ValueError(f"the records of {settings.run} do not tell sequences apart; run DEL again")
-    model = load_same_model(run, settings.device)
+    model = load_same_model(run, settings.device, settings.n_devices)
     targets = targets_of(run, model, ratio)
 
     def worker(job: Job) -> Iterator[Record]:

@@ -46,6 +46,7 @@ class FindSettings:
         seed: Seed of that draw and of the shuffled prompts.
         batch: Maximum number of windows at a time.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of the model, from the device on.
         dtype: Precision of weights and computation.
         backend: What TransformerLens makes of the model: "hooked" for a HookedTransformer, or "bridge" for a
             TransformerBridge, which is slower and knows more architectures. Default: hooked where TransformerLens has
@@ -72,6 +73,7 @@ class FindSettings:
     seed: int = 0
     batch: int = 32
     device: str | None = None
+    n_devices: int = 1
     dtype: Precision = "float32"
     backend: Backend | None = None
     bos: bool | None = None
@@ -95,7 +97,8 @@ class FindSettings:
             raise ValueError(
                 f"min_distinct is {self.min_distinct}, and the suffix has only {self.suffix} tokens; lower it"
             )
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
+        self.parallel.check_gpus(self.n_devices)
         check_backend(self.backend)
         check_choice("dtype", self.dtype, get_args(Precision))
 
@@ -107,7 +110,13 @@ class FindSettings:
     @may_be_quiet
     def load_model(self) -> HookedModel:
         """Load the model of the run."""
-        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype), backend=self.backend)
+        return load_model(
+            self.model,
+            device=self.device,
+            n_devices=self.n_devices,
+            dtype=getattr(torch, self.dtype),
+            backend=self.backend,
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Return the settings as JSON has them."""

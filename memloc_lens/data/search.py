@@ -45,7 +45,7 @@ MEASURED = {
 }
 """What a record of another step has of each window."""
 
-NOT_IDENTITY = ("out", "backend", "names", "limit", "quiet", "parallel")
+NOT_IDENTITY = ("out", "n_devices", "backend", "names", "limit", "quiet", "parallel")
 """Settings that may differ between two runs in one folder; the windows that they lead to are compared."""
 
 
@@ -93,7 +93,7 @@ def begin(settings: FindSettings, engine: Engine | None, documents: str) -> Sear
         "windows": {str(settings.limit): _first_windows(settings, model) if settings.limit else documents},
     }
     folder = RunFolder(settings.out, config, ("step", "tokens_sha256"), ("model",), _problem)
-    return Search(settings, model, folder, engine or settings.parallel.engine_for(model.cfg.device))
+    return Search(settings, model, folder, engine or settings.parallel.engine_for(model.cfg.device, settings.n_devices))
 
 
 def _first_windows(settings: FindSettings, model: HookedModel) -> str:

@@ -74,6 +74,7 @@ class AuditSettings:
         samples: Number of samples of which one is to be the exact suffix.
         batch: Number of sequences at a time.
         device: Device of the models. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of a model, from the device on.
         quiet: Show no progress bars.
     """
 
@@ -96,10 +97,11 @@ class AuditSettings:
     samples: int = 1000
     batch: int = 16
     device: str | None = None
+    n_devices: int = 1
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
         for name in ("limit", "negatives"):
             check_number(name, getattr(self, name), least=0, whole=True)
         for name in ("text_tokens", "samples", "batch"):
@@ -142,7 +144,7 @@ def run(settings: AuditSettings) -> Audit:
 
 def _run(settings: AuditSettings) -> Audit:
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
-    load = partial(load_model, device=settings.device)
+    load = partial(load_model, device=settings.device, n_devices=settings.n_devices)
     original, erased = load(settings.original), load(settings.erased)
     retrained = None if settings.retrained is None else load(settings.retrained)
     targets, others, controls = _sequences(settings, original)

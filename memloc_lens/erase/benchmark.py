@@ -162,7 +162,11 @@ def _texts(settings: ForgettingSettings, model: HookedModel) -> _Texts:
     retrained = None
     if settings.retrained is not None:
         retrained = load_model(
-            settings.retrained, device=settings.device, dtype=model.cfg.dtype, backend=backend_of(model)
+            settings.retrained,
+            device=settings.device,
+            n_devices=settings.n_devices,
+            dtype=model.cfg.dtype,
+            backend=backend_of(model),
         )
     context = {id(each): each for each in context_of(localizer)}  # a wrapper and its localizer read the same
     task = Task(

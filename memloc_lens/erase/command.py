@@ -82,6 +82,7 @@ class EraseSettings(RunSettings):
         scope: Take the highest scores of every layer, or of all layers together.
         batch: Number of sequences that are localized or evaluated at a time.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of the model, from the device on.
         dtype: Precision of computation; the numbers in the folder stay as they came.
         seed: Seed of the draw of other sequences.
     """

@@ -162,7 +162,9 @@ def _indices(members: Tensor) -> tuple[int, ...]:
     return tuple(members.nonzero().flatten().tolist())
 
 
-def recited_by(folder: str | Path, data: str | Path | None, limit: int = 0, device: str | None = None) -> list[str]:
+def recited_by(
+    folder: str | Path, data: str | Path | None, limit: int = 0, device: str | None = None, n_devices: int = 1
+) -> list[str]:
     """Return the ids of the sequences that a checkpoint recites whole, by greedy decoding from their prompts.
 
     Args:
@@ -170,12 +172,13 @@ def recited_by(folder: str | Path, data: str | Path | None, limit: int = 0, devi
         data: sequences, as for `load_sequences`.
         limit: number of sequences, the first; 0 takes all.
         device: of the model.
+        n_devices: number of GPUs that share its layers.
 
     Example:
         >>> recited_by("embedded", None, limit=2, device="cpu")
         ['passage-011', 'passage-012']
     """
-    model = load_model(folder, device=device)
+    model = load_model(folder, device=device, n_devices=n_devices)
     sequences = load_sequences(model, data)[: limit or None]
     written = free_running(model, sequences)
     pairs = zip(sequences, written, strict=True)
@@ -192,6 +195,7 @@ class CompareSettings:
         data: Sequences to ask both for: JSON lines with "all" and "prompt_len", or another format that is read.
         limit: Number of sequences, the first of the data; 0 takes all.
         device: Device of the models. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of a model, from the device on.
         quiet: Show no progress bars.
     """
 
@@ -200,10 +204,11 @@ class CompareSettings:
     data: Path | None = None
     limit: int = 0
     device: str | None = None
+    n_devices: int = 1
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
         check_number("limit", self.limit, least=0, whole=True)
 
 
@@ -222,7 +227,13 @@ def run(settings: CompareSettings) -> Comparison:
     differences = compare(settings.first, settings.second)
     if settings.data is None:
         return Comparison(differences)
-    ask = partial(recited_by, data=settings.data, limit=settings.limit, device=settings.device)
+    ask = partial(
+        recited_by,
+        data=settings.data,
+        limit=settings.limit,
+        device=settings.device,
+        n_devices=settings.n_devices,
+    )
     return Comparison(differences, (ask(settings.first), ask(settings.second)))
 
 

@@ -87,7 +87,7 @@ def localize(
     make_worker = here
     if settings and settings.parallel.engine != "serial":
         make_worker = MakeWorker(settings, localizer, component.name, config)
-        engine = settings.parallel.engine_for(model.cfg.device)
+        engine = settings.parallel.engine_for(model.cfg.device, settings.n_devices)
     records = run_jobs(make_worker, jobs, known, engine, "localize", unit="sequence")
     return KeptScores([(record["file"], record["row"]) for record in records])
 

@@ -130,7 +130,7 @@ class Relearning:
 def _point(model: HookedModel, watched: MemorizedSequence, step: int) -> Point:
     batch = Batch(watched.tokens[None], watched.prompt_len).to(model.cfg.device)
     logits = at_least_float32(target_logits(model, final_residual(model, batch), batch))[0]
-    loss = cross_entropy(logits, batch.suffix[0]).item()
+    loss = cross_entropy(logits, batch.suffix[0].to(logits.device)).item()
     return Point(step=step, prefix=recitation_of(logits, watched).prefix, loss=loss)
 
 

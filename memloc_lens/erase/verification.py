@@ -31,7 +31,8 @@ def check_written(model: HookedModel, folder: Path, components: ComponentSet) ->
         >>> from memloc_lens.models import EMBEDDED
         >>> check_written(model, EMBEDDED, Neurons(torch.zeros(6, 768, dtype=torch.bool)))
     """
-    written = load_model(folder, device=model.cfg.device, dtype=model.cfg.dtype, backend=backend_of(model))
+    where = dict(device=model.cfg.device, n_devices=model.cfg.n_devices)
+    written = load_model(folder, **where, dtype=model.cfg.dtype, backend=backend_of(model))
     changed = 0
     for layer, (matrix, expected) in enumerate(
         zip(*(_matrices(part, components) for part in (written, model)), strict=True)

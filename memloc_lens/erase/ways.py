@@ -101,9 +101,9 @@ def zeroed(model: HookedModel, components: ComponentSet) -> Iterator[None]:
         True
     """
     with restored(model):
-        for block, members in zip(model.blocks, components.members.to(model.cfg.device), strict=True):
+        for layer, block in enumerate(model.blocks):
             writing = block.attn.W_O if components.component is HEADS else block.mlp.W_out
-            writing.data[members] = 0
+            writing.data[components.layer(layer).to(writing.device)] = 0
         yield
 
 

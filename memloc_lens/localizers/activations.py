@@ -60,7 +60,8 @@ class Activations:
         names = [source.activations_at(layer) for layer in range(model.cfg.n_layers)]
         _, cache = model.run_with_cache(batch.tokens, return_type=None, names_filter=names)
         # [row, layer, target, neuron], or [row, layer, target, head, d_head]
-        activations = torch.stack([source.read(model, cache[name])[:, batch.targets].float() for name in names], dim=1)
+        read = (source.read(model, cache[name])[:, batch.targets].float() for name in names)
+        activations = torch.stack([values.to(batch.tokens.device) for values in read], dim=1)
         if component is HEADS:
             return self._written_by_heads(model, activations)
         reduced = activations.mean(dim=2).abs() if self.reduction == "abs_mean" else activations.abs().mean(dim=2)
@@ -72,7 +73,7 @@ class Activations:
     ) -> Float[Tensor, "row layer head"]:
         if self.reduction == "abs_mean":
             activations = activations.mean(dim=2, keepdim=True)
-        weights = torch.stack([block.attn.W_O.float() for block in model.blocks])
+        weights = torch.stack([block.attn.W_O.float().to(activations.device) for block in model.blocks])
         written = einsum(
             activations,
             weights,

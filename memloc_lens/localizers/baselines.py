@@ -3,7 +3,7 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -84,7 +84,12 @@ class WeightNorm:
 
 def output_norms(model: HookedModel, component: Component) -> Float[Tensor, " layer *unit"]:
     """Return the Euclidean norm of the weights that each component writes to the residual stream with."""
+    layers = [_norms_of(block, component).to(model.cfg.device) for block in model.blocks]
+    return torch.stack(layers)
+
+
+def _norms_of(block: Any, component: Component) -> Float[Tensor, "*unit"]:
     if component is HEADS:
-        return torch.stack([block.attn.W_O.detach().float().flatten(1).norm(dim=1) for block in model.blocks])
-    rows = torch.stack([block.mlp.W_out.detach().float() for block in model.blocks])  # [layer, neuron, d_model]
-    return rows.abs() if component is WEIGHTS else rows.norm(dim=2)
+        return block.attn.W_O.detach().float().flatten(1).norm(dim=1)
+    rows = block.mlp.W_out.detach().float().contiguous()  # [neuron, d_model]; another order is another rounding
+    return rows.abs() if component is WEIGHTS else rows.norm(dim=1)

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from memloc_lens.bridge import is_bridge, run_between
 from memloc_lens.checks import check_model, check_number, in_one_line
 from memloc_lens.components import HEADS, NEURONS, Hook, post
+from memloc_lens.devices import rows_of
 from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_logits, target_losses
 from memloc_lens.hooks import hooked, hooked_at
 from memloc_lens.library_types import ActivationCache, HookedModel, HookPoint
@@ -107,7 +108,7 @@ class IntegratedGradients:
         for layer in range(self.first_layer, model.cfg.n_layers):
             size = rows_at_once(model, batch.length, batch.suffix_len, model.cfg.n_layers - layer)
             work = partial(_attributions, model, cache, layer, batch, self.steps)
-            scores[:, layer] = torch.stack(in_chunks(copies, size, work)).sum(dim=0)
+            scores[:, layer] = torch.stack(in_chunks(copies, size, work)).sum(dim=0).to(scores.device)
         return scores
 
     def _score_by_prefixes(self, model: HookedModel, batch: Batch) -> Float[Tensor, "row layer neuron"]:
@@ -118,7 +119,7 @@ class IntegratedGradients:
             for layer in range(self.first_layer, model.cfg.n_layers):
                 size = rows_at_once(model, end, 1, model.cfg.n_layers - layer)
                 work = partial(_attributions_at_the_end, model, clean, layer, batch.tokens[:, end], self.steps)
-                scores[:, layer] += torch.stack(in_chunks(copies, size, work)).sum(dim=0)
+                scores[:, layer] += torch.stack(in_chunks(copies, size, work)).sum(dim=0).to(scores.device)
         return scores / batch.suffix_len / self.steps
 
     def _copies(self, batch: Batch) -> Int[Tensor, "copy 2"]:
@@ -193,7 +194,7 @@ def _attributions_at_the_end(
     copies: Int[Tensor, "copy 2"],
 ) -> Float[Tensor, "row neuron"]:
     """Return what some copies of prefixes add to the scores of a layer: straight from the formula."""
-    row, step = copies.unbind(dim=1)
+    row, step = copies.to(clean.activations[layer].device).unbind(dim=1)
     last = clean.activations[layer][row, -1]  # [copy, neuron]
     scaled = (_fractions(steps, last)[step, None] * last).requires_grad_(True)
 
@@ -202,9 +203,10 @@ def _attributions_at_the_end(
 
     with torch.enable_grad(), model.hooks(fwd_hooks=[(post(layer), write)]):
         # a backward hook before the neurons fails if nothing there has a gradient
-        stream = clean.streams[layer][row].requires_grad_(True)
+        stream = rows_of(clean.streams[layer], row).requires_grad_(True)
         logits = target_logits(model, run_between(model, stream, layer, model.cfg.n_layers))[:, -1]
-        probabilities = at_least_float32(logits).softmax(dim=-1).gather(1, true[row, None])
+        wanted = rows_of(true, row)[:, None].to(logits.device)
+        probabilities = at_least_float32(logits).softmax(dim=-1).gather(1, wanted)
         (gradients,) = torch.autograd.grad(probabilities.sum(), scaled)
     attributions = at_least_float32(gradients) * at_least_float32(last)
     return attributions.new_zeros(len(true), attributions.shape[1]).index_add(0, row, attributions)
@@ -223,15 +225,15 @@ def _attributions(
     copies: Int[Tensor, "copy 2"],
 ) -> Float[Tensor, "row neuron"]:
     """Return what some copies, each a row of the batch at a point of the integral, add to the scores of a layer."""
-    row, step = copies.unbind(dim=1)
     clean = cache[post(layer)]  # [row, pos, neuron]
+    row, step = copies.to(clean.device).unbind(dim=1)
     activations = (_fractions(steps, clean)[step, None, None] * clean[row]).requires_grad_(True)
     hooks: list[tuple[str, Hook]] = [(post(layer), lambda _, hook: activations)]
     for later in range(layer + 1, model.cfg.n_layers):
         hooks += _clean_past_hooks(model, cache, later, row)
     with torch.enable_grad(), model.hooks(fwd_hooks=hooks):
         residual = run_between(model, cache["resid_pre", layer][row], layer, model.cfg.n_layers)
-        probabilities = torch.exp(-target_losses(model, residual[:, batch.targets], batch[row]))
+        probabilities = torch.exp(-target_losses(model, residual[:, batch.targets], batch[copies[:, 0]]))
         # a probability depends on the activations of its own position only, so one sum serves all positions
         (gradients,) = torch.autograd.grad(probabilities.sum(), activations)
     attributions = einsum(
@@ -268,7 +270,7 @@ def _clean_past_hooks(
 
     scale = _attention_scale(model, layer)
     key_name = _key_name(model)
-    clean_key, clean_value = cache[f"blocks.{layer}.{key_name}"][row], cache[f"blocks.{layer}.attn.hook_v"][row]
+    clean_key, clean_value = (rows_of(cache[f"blocks.{layer}.{name}"], row) for name in (key_name, "attn.hook_v"))
     own: dict[str, Tensor] = {}
 
     def by_head(heads: Float[Tensor, "copy pos *head"]) -> Float[Tensor, "copy pos some_head d_head"]:

@@ -34,6 +34,7 @@ from torch.nn.functional import cross_entropy
 from memloc_lens.bridge import run_between
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, top_components
+from memloc_lens.devices import rows_of
 from memloc_lens.forward import (
     CleanPass,
     at_targets,
@@ -113,7 +114,7 @@ class ZeroOut:
             pairs = chosen[:, layer].nonzero()  # [pair, 2]: a row of the batch, and a component
             losses = in_chunks(pairs, size, partial(losses_without, model, clean, layer, batch))
             row, unit = pairs.unbind(dim=1)
-            rises = (torch.cat(losses) - clean_loss[row]).float()
+            rises = (torch.cat(losses).to(row.device) - clean_loss[row]).float()
             scores[:, layer] = rises.min() if self.candidates < 1 else 0.0
             scores[row, layer, unit] = rises
         return scores
@@ -147,7 +148,7 @@ def _losses_without_head(
     row, head = pairs.unbind(dim=1)
     kept = HEADS.aligned(head[:, None] != torch.arange(model.cfg.n_heads, device=head.device))
     with HEADS.edited(model, {layer: lambda outputs: outputs * kept.to(outputs)}):
-        residuals = run_layers(model, clean.streams[layer][row], layer, batch.prompt_len)
+        residuals = run_layers(model, rows_of(clean.streams[layer], row), layer, batch.prompt_len)
     return target_loss(model, residuals, batch[row])
 
 
@@ -155,14 +156,14 @@ def _losses_without_neuron(
     model: HookedModel, clean: CleanPass, layer: int, batch: Batch, pairs: Int[Tensor, "pair 2"]
 ) -> Float[Tensor, " pair"]:
     """Return the suffix losses with one neuron of `layer` zeroed in each pair's row."""
-    row, neuron = pairs.unbind(dim=1)
+    row, neuron = pairs.to(clean.activations[layer].device).unbind(dim=1)
     adds_up = neurons_add_up(model, layer)
     if layer == model.cfg.n_layers - 1 and adds_up and _has_plain_end(model):
-        return _losses_without_last(model, clean, batch, row, neuron)
+        return _losses_without_last(model, clean, batch.to(row.device), row, neuron)
     residuals_without = _residuals_without if adds_up else _residuals_by_masking
     residuals = residuals_without(model, clean, layer, row, neuron)
     residuals = run_layers(model, residuals, layer + 1, batch.prompt_len)
-    return target_loss(model, residuals, batch[row])
+    return target_loss(model, residuals, batch[pairs[:, 0]])
 
 
 def _residuals_without(
@@ -183,7 +184,7 @@ def _residuals_by_masking(
         return activations.scatter(2, neuron[:, None, None].expand(-1, activations.shape[1], 1), 0.0)
 
     with NEURONS.edited(model, {layer: without}):
-        return run_between(model, clean.streams[layer][row], layer, layer + 1)
+        return run_between(model, rows_of(clean.streams[layer], row), layer, layer + 1)
 
 
 def _has_plain_end(model: HookedModel) -> bool:

@@ -21,6 +21,7 @@ from memloc_lens.bridge import is_bridge
 from memloc_lens.checks import check_choice, check_model, reason
 from memloc_lens.library_types import HookedModel, PreTrainedModel, PreTrainedTokenizerBase
 from memloc_lens.models.accepted import DTYPES, Backend, default_backend, possible_names
+from memloc_lens.models.placement import check_device, place
 from memloc_lens.models.rotary import use_rotary_of
 from memloc_lens.models.speedups import prepare
 from memloc_lens.models.verification import check_same
@@ -31,6 +32,7 @@ def load_model(
     *,
     revision: str | None = None,
     device: str | torch.device | None = None,
+    n_devices: int = 1,
     dtype: torch.dtype = torch.float32,
     backend: Backend | None = None,
 ) -> HookedModel:
@@ -45,6 +47,7 @@ def load_model(
             A folder without a tokenizer loads a model without one. Code that comes with a model is never run.
         revision: branch, tag or commit of a model on the hub; the same as `@` and the revision after its name.
         device: default: CUDA if there is any, else the CPU.
+        n_devices: number of GPUs that share the layers, from `device` on: for a model that is too large for one.
         dtype: of the weights and of all computation.
         backend: `"hooked"` for a `HookedTransformer`, `"bridge"` for a `TransformerBridge` around transformers' own
             model, which is slower and knows more architectures. Default: the first where TransformerLens has it.
@@ -66,12 +69,17 @@ def load_model(
     _check_name(name)
     if revision is not None and not (isinstance(revision, str) and revision):
         raise ValueError(f"revision is {revision!r}; it must be a branch, tag or commit of the model on the hub")
-    device = check_device(device)
+    device = check_device(device, n_devices)
     _check_dtype(dtype)
     backend = check_backend(backend)
+    if backend == "bridge" and n_devices > 1:
+        raise ValueError(
+            f"n_devices is {n_devices}, and a TransformerBridge must be on one device; leave out n_devices, or give "
+            "the backend 'hooked', which TransformerLens has before version 4"
+        )
     from memloc_lens.models.sources import read_original
 
-    original = read_original(name, revision, dtype, backend)
+    original = read_original(name, revision, dtype, backend, n_devices)
     try:
         if backend == "bridge":
             model = _bridged(original.model, original.tokenizer, dtype)
@@ -80,9 +88,8 @@ def load_model(
             check_same(model, original.model)
     except Exception as error:  # a configuration that contradicts itself raises whatever met it first
         raise ValueError(f"{str(name)!r} cannot be used: {reason(error)}") from error
-    model.cfg.model_name, model.cfg.device = original.name, str(device)
-    # as a string: of a torch.device, TransformerLens keeps "cuda" in the configuration and drops the index
-    return check_model(model.to(str(device), print_details=False).eval())
+    model.cfg.model_name = original.name
+    return check_model(place(model, device, n_devices).eval())
 
 
 def check_backend(backend: object) -> Backend:
@@ -111,49 +118,6 @@ def backend_of(model: HookedModel) -> Backend:
         'bridge'
     """
     return "bridge" if is_bridge(model) else "hooked"
-
-
-def check_device(device: str | torch.device | None) -> torch.device:
-    """Check that torch can compute on a device here.
-
-    Args:
-        device: `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"` or the like; `None`: CUDA if there is any, else the CPU.
-
-    Returns:
-        The device.
-
-    Raises:
-        ValueError: if there is no such device.
-
-    Example:
-        >>> from memloc_lens.models import check_device
-        >>> check_device("cpu")
-        device(type='cpu')
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = _parse_device(device)
-    if known.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device is {str(device)!r}, but there is no CUDA device here; leave out device, or install a build of "
-            "torch for CUDA (https://pytorch.org/get-started)"
-        )
-    if known.type == "cuda" and (known.index or 0) >= torch.cuda.device_count():
-        here = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
-        raise ValueError(f"device is {str(device)!r}; the CUDA devices here are {here}")
-    if known.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError(f"device is {str(device)!r}, but there is no MPS device here; leave out device")
-    return known
-
-
-def _parse_device(device: object) -> torch.device:
-    try:
-        known = torch.device(device) if isinstance(device, str | torch.device) else None
-    except RuntimeError:  # torch's own message lists two dozen kinds of device
-        known = None
-    if known is None or known.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"device is {str(device)!r}; it must be one of cpu, cuda, cuda:0 (or another number), mps")
-    return known
 
 
 def _check_name(name: object) -> None:

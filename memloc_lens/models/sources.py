@@ -28,6 +28,7 @@ from memloc_lens.checks import reason
 from memloc_lens.models.accepted import DTYPES, EMBEDDED, PACKAGED, Backend, possible_names
 from memloc_lens.models.families import family_of
 from memloc_lens.models.integrity import check_files
+from memloc_lens.models.placement import check_shared
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
@@ -54,7 +55,11 @@ class Original:
 
 
 def read_original(
-    name: str | Path | None, revision: str | None, dtype: torch.dtype, backend: Backend = "hooked"
+    name: str | Path | None,
+    revision: str | None,
+    dtype: torch.dtype,
+    backend: Backend = "hooked",
+    n_devices: int = 1,
 ) -> Original:
     """Read a model of transformers.
 
@@ -64,6 +69,7 @@ def read_original(
         revision: branch, tag or commit of a model on the hub.
         dtype: to read the weights in.
         backend: what the model is read for.
+        n_devices: number of GPUs that are to share its layers.
 
     Raises:
         ValueError: if there is no such model, or it is damaged, incomplete, quantized or of an unsupported
@@ -75,16 +81,16 @@ def read_original(
         _refuse_revision(name, revision)
     if name is None or name == EMBEDDED.name:
         check_files(EMBEDDED.with_suffix(".sha256"))
-        return Original(*_read_folder(EMBEDDED, dtype, backend), "embedded")
+        return Original(*_read_folder(EMBEDDED, dtype, backend, n_devices), "embedded")
     if name in PACKAGED:
-        return Original(*_read_gguf(_packaged(str(name)), dtype, backend), str(name))
+        return Original(*_read_gguf(_packaged(str(name)), dtype, backend, n_devices), str(name))
     if is_file:
-        return Original(*_read_gguf(path, dtype, backend), path.stem)
+        return Original(*_read_gguf(path, dtype, backend, n_devices), path.stem)
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
-        return Original(*_read_folder(path, dtype, backend), path.resolve().name)
+        return Original(*_read_folder(path, dtype, backend, n_devices), path.resolve().name)
     if path.exists() or path.suffix == ".gguf" or path.is_absolute():
         raise ValueError(f"no model at {str(name)!r}: {possible_names()}")
-    return _read_hub(str(name), revision, dtype, backend)
+    return _read_hub(str(name), revision, dtype, backend, n_devices)
 
 
 def checkpoint_folder(name: str | Path | None) -> Path | None:
@@ -142,12 +148,12 @@ def _packaged(name: str) -> Path:
 
 
 def _read_folder(
-    folder: Path, dtype: torch.dtype, backend: Backend
+    folder: Path, dtype: torch.dtype, backend: Backend, n_devices: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     try:
         size = _checked_size(folder)
         _check_config_file(folder, local_files_only=True)
-        config = _checked_config(folder, backend, size, local_files_only=True)
+        config = _checked_config(folder, backend, n_devices, size, local_files_only=True)
         safe = any(folder.glob("*.safetensors"))
         model = _read_weights(folder, dtype, config=config, local_files_only=True, use_safetensors=safe)
         return model, _folder_tokenizer(folder)
@@ -191,10 +197,12 @@ def _folder_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def _read_gguf(path: Path, dtype: torch.dtype, backend: Backend) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _read_gguf(
+    path: Path, dtype: torch.dtype, backend: Backend, n_devices: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         _check_gguf(path)
-        config = _checked_config(path.parent, backend, path.stat().st_size, gguf_file=path.name)
+        config = _checked_config(path.parent, backend, n_devices, path.stat().st_size, gguf_file=path.name)
         model = _read_weights(path.parent, dtype, config=config, gguf_file=path.name)
         return model, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     except ImportError as error:
@@ -214,7 +222,7 @@ def _check_gguf(path: Path) -> None:
         raise ValueError(f"its header counts {tensors} tensors and {keys} keys, more than the file has room for")
 
 
-def _read_hub(name: str, revision: str | None, dtype: torch.dtype, backend: Backend) -> Original:
+def _read_hub(name: str, revision: str | None, dtype: torch.dtype, backend: Backend, n_devices: int) -> Original:
     name, _, named_revision = name.partition("@")
     if revision and named_revision:
         raise ValueError(f"the name says {named_revision!r} and revision is {revision!r}; give one of them")
@@ -223,7 +231,7 @@ def _read_hub(name: str, revision: str | None, dtype: torch.dtype, backend: Back
     official = _official(name)
     try:
         _check_config_file(official, **where)
-        config = _checked_config(official, backend, **where)
+        config = _checked_config(official, backend, n_devices, **where)
         model = _read_hub_weights(official, dtype, config=config, **where)
         tokenizer = AutoTokenizer.from_pretrained(official, trust_remote_code=False, **where)
     except Exception as error:
@@ -259,17 +267,21 @@ def _check_config_file(source: str | Path, **where: Any) -> None:
         )
 
 
-def _checked_config(source: str | Path, backend: Backend, size: int | None = None, **where: Any) -> PreTrainedConfig:
+def _checked_config(
+    source: str | Path, backend: Backend, n_devices: int, size: int | None = None, **where: Any
+) -> PreTrainedConfig:
     """Read a configuration, and refuse it before the weights are read and anything is made of its sizes.
 
     Raises:
-        ValueError: if it cannot belong to weights of this many bytes, or no `HookedTransformer` computes the same.
+        ValueError: if it cannot belong to weights of this many bytes, no `HookedTransformer` computes the same, or
+            its layers cannot be on so many GPUs.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=False, **where)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model_class is None:
         raise ValueError(f"model type {config.model_type!r} is not a causal language model")
     fields = _sizes(config) if backend == "bridge" else family_of(config, model_class.__name__).fields(config)
+    check_shared(fields, n_devices)
     for name in ("n_layers", "d_vocab", "d_mlp"):  # each stands for as many rows of weights, of d_model or more
         if size is not None and fields[name] * fields["d_model"] > 8 * size:  # a weight takes a bit at least
             raise ValueError(

@@ -17,9 +17,9 @@ from memloc_lens.sequence import MemorizedSequence, decode
 @torch.no_grad()
 def token_losses(model: HookedModel, sequence: MemorizedSequence) -> Float[Tensor, " pos"]:
     """-log p(token | all before it) of every token, in nats, under whatever ablation is open; 0 for the first."""
-    tokens = sequence.tokens[None].to(model.cfg.device)
-    log_probs = model(tokens, return_type="logits")[0].float().log_softmax(dim=-1)
-    losses = -log_probs[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+    tokens = sequence.tokens.to(model.cfg.device)
+    log_probs = model(tokens[None], return_type="logits")[0].float().log_softmax(dim=-1)
+    losses = -log_probs[:-1].gather(1, tokens[1:, None].to(log_probs.device))[:, 0]
     return torch.cat([losses.new_zeros(1), losses])
 
 

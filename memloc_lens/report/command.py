@@ -44,6 +44,7 @@ class ReportSettings:
             held-out text of the embedded model.
         without_model: Do not load the models of the runs: the page then has no texts and no neurons.
         device: Device of the models. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of a model, from the device on.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
@@ -54,9 +55,10 @@ class ReportSettings:
     text: Path | None = None
     without_model: bool = False
     device: str | None = None
+    n_devices: int = 1
 
     def __post_init__(self) -> None:
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
         check_number("neurons", self.neurons, least=0, whole=True)
         if not self.runs:
             raise ValueError("no run was given; give the folders of finished DEL and INJ runs or of erasures")
@@ -108,7 +110,7 @@ def _section(settings: ReportSettings, run: FinishedRun) -> RunSection:
     section = RunSection(run.path.name, run.summary["benchmark"], about(run), tables(run), pictures(run, ratio))
     if not is_del or settings.without_model:
         return section
-    model = load_same_model(run, settings.device)
+    model = load_same_model(run, settings.device, settings.n_devices)
     section.cards = sequence_cards(run, model)
     if settings.neurons and run.config["component"] == "neuron":
         assert ratio is not None

@@ -126,7 +126,7 @@ def _tell_norms(model: HookedModel, cards: list[NeuronCard]) -> None:
 def _tell_promoted(model: HookedModel, cards: list[NeuronCard]) -> None:
     """Tell which tokens a row of `W_out` raises and lowers through the unembedding (logit lens)."""
     for card in cards:
-        logits = model.blocks[card.layer].mlp.W_out[card.neuron].float() @ model.W_U.float()
+        logits = model.blocks[card.layer].mlp.W_out[card.neuron].float().to(model.W_U.device) @ model.W_U.float()
         for texts, sign in ((card.raised, 1), (card.lowered, -1)):
             texts += [_text(model, token[None]) for token in (sign * logits).topk(PROMOTED).indices]
 

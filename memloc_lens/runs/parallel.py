@@ -19,7 +19,8 @@ class Parallel:
     Args:
         engine: Who does the work: this process ("serial"), or workers with a model each, here or on a cluster ("ray").
         workers: Number of workers. Default: one a GPU, or without GPUs as many as have a core for each thread.
-        gpus_per_worker: GPUs that a worker takes; 0.5 puts two on one. Default: 1 on CUDA, else 0.
+        gpus_per_worker: GPUs that a worker takes; 0.5 puts two on one. Default: as many as the model has (n_devices) on
+            CUDA, else 0.
         address: Address of a ray cluster, or "auto" for that of this node. Default: workers on this machine.
     """
 
@@ -39,8 +40,20 @@ class Parallel:
         if self.engine == "ray" and find_spec("ray") is None:
             raise ValueError("engine is 'ray', and it is not installed: pip install \"memloc_lens[ray]\"")
 
-    def engine_for(self, device: str | torch.device | None) -> Engine:
-        """Return the engine for a run whose model is on a device.
+    def check_gpus(self, n_devices: int) -> None:
+        """Refuse workers with fewer GPUs than share the layers of their model.
+
+        Raises:
+            ValueError: stating both numbers.
+        """
+        if n_devices > 1 and self.gpus_per_worker is not None and self.gpus_per_worker < n_devices:
+            raise ValueError(
+                f"n_devices is {n_devices} and gpus_per_worker is {self.gpus_per_worker:g}; give every worker as many "
+                "GPUs as its model has, or leave out gpus_per_worker"
+            )
+
+    def engine_for(self, device: str | torch.device | None, n_devices: int = 1) -> Engine:
+        """Return the engine for a run whose model is on a device, or on as many GPUs.
 
         Example:
             >>> Parallel().engine_for(model.cfg.device) is serial
@@ -50,6 +63,6 @@ class Parallel:
             return serial
         from memloc_lens.runs.ray_engine import RayEngine
 
-        default = 1 if torch.device(device or "cpu").type == "cuda" else 0
+        default = n_devices if torch.device(device or "cpu").type == "cuda" else 0
         gpus = default if self.gpus_per_worker is None else self.gpus_per_worker
         return RayEngine(self.workers, gpus, self.address)

@@ -18,6 +18,7 @@ import tyro
 from memloc_lens.bridge import is_bridge
 from memloc_lens.checks import check_choice, check_number
 from memloc_lens.components import ComponentName, component_of
+from memloc_lens.devices import devices_of
 from memloc_lens.library_types import HookedModel
 from memloc_lens.memory import memory_budget, parse_memory
 from memloc_lens.models import EMBEDDED, Backend, check_backend, check_device, load_model
@@ -32,7 +33,7 @@ from memloc_lens.sequence import MemorizedSequence, begins_with_bos
 Precision = Literal["float32", "bfloat16", "float16", "float64"]
 
 NOT_IDENTITY = (
-    *("out", "config", "backend", "memory", "methods", "limit", "context", "context_sequences"),
+    *("out", "config", "n_devices", "backend", "memory", "methods", "limit", "context", "context_sequences"),
     *("until", "until_limit", "until_samples", "prompts", "quiet", "tracker", "parallel"),
 )
 """Settings that may differ between two runs in one folder; what they decide of records is recorded in other ways."""
@@ -52,11 +53,13 @@ class RunSettings:
         config: TOML file with settings under the names given here, and published figures to print beside the results.
             The command line overrides it.
         device: Device of the model. Default: CUDA if there is one, else the CPU.
+        n_devices: Number of GPUs that share the layers of the model, from the device on.
         dtype: Precision of weights and computation.
         backend: What TransformerLens makes of the model: "hooked" for a HookedTransformer, or "bridge" for a
             TransformerBridge, which is slower and knows more architectures. Default: hooked where TransformerLens has
             it, before version 4.
-        memory: Maximum memory of the process on the device, such as "8GiB". Default: half of the free memory.
+        memory: Maximum memory of the process on the device, or on each of several, such as "8GiB". Default: half of
+            the free memory.
         seed: Seed of all draws.
         bos: Put a beginning-of-sequence token before every text, as one more token of the prompt. Default: what the
             model's tokenizer is configured to do.
@@ -82,6 +85,7 @@ class RunSettings:
     out: Path = Path("runs")
     config: Path | None = None
     device: str | None = None
+    n_devices: int = 1
     dtype: Precision = "float32"
     backend: Backend | None = None
     memory: str | None = None
@@ -97,7 +101,8 @@ class RunSettings:
     def __post_init__(self) -> None:
         component_of(self.component)
         check_choice("dtype", self.dtype, get_args(Precision))
-        check_device(self.device)
+        check_device(self.device, self.n_devices)
+        self.parallel.check_gpus(self.n_devices)
         check_backend(self.backend)
         check_number("limit", self.limit, least=0, whole=True)
         check_number("seed", self.seed, whole=True)
@@ -123,11 +128,17 @@ class RunSettings:
 
     def load_model(self) -> HookedModel:
         """Load the model of the run."""
-        return load_model(self.model, device=self.device, dtype=getattr(torch, self.dtype), backend=self.backend)
+        return load_model(
+            self.model,
+            device=self.device,
+            n_devices=self.n_devices,
+            dtype=getattr(torch, self.dtype),
+            backend=self.backend,
+        )
 
     def memory_budget(self, model: HookedModel) -> AbstractContextManager[None]:
         """Bound the memory of the run, once the model is loaded."""
-        return memory_budget(self.memory, model.cfg.device) if self.memory else nullcontext()
+        return memory_budget(self.memory, devices_of(model)) if self.memory else nullcontext()
 
 
 def open_folder(
