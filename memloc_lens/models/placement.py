@@ -1,7 +1,7 @@
 """Put a model on a device, or its layers on several GPUs, one part after the other.
 
-TransformerLens' forward pass sends the residual stream to a GPU for each layer. Its own placement puts layers where most
-memory is free, which may be elsewhere; here they are put where the stream goes.
+TransformerLens' forward pass sends the residual stream to a GPU for each layer. Its own placement puts layers where
+most memory is free, which may be elsewhere; here they are put where the stream goes.
 """
 
 import functools
