@@ -18,9 +18,9 @@ from torch import Tensor
 from memloc_lens.checks import check_choice, check_model, check_not_compiled, check_number, described
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentSet, Edit, check_component
 from memloc_lens.devices import device_of
-from memloc_lens.forward import at_least_float32
 from memloc_lens.isolation import isolated
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import at_least_float32
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 from memloc_lens.turns import turn
 

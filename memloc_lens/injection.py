@@ -38,10 +38,11 @@ from memloc_lens.components import (
     post,
 )
 from memloc_lens.devices import device_of
-from memloc_lens.forward import final_residual, frozen, run_layers, target_loss
+from memloc_lens.forward import final_residual, frozen, run_layers
 from memloc_lens.hooks import check_no_backward_hooks, own
 from memloc_lens.isolation import gradients_possible
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import target_loss
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.turns import turn
 

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from memloc_lens.checks import check_choice, check_model, check_tensor, described
 from memloc_lens.components import ComponentSet, Scope, count_of
-from memloc_lens.forward import PrefixCache, final_residual, target_logits, target_loss, target_losses
+from memloc_lens.forward import PrefixCache, final_residual
 from memloc_lens.generation import Predictions, free_running, rows_for
 from memloc_lens.isolation import isolated
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import target_logits, target_loss, target_losses
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import (
     Batch,

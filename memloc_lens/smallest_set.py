@@ -25,9 +25,10 @@ from memloc_lens.ablation import Ablation, ablate, mean_activations
 from memloc_lens.bridge import stream_entering
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import NEURONS, Component, ComponentSet, Scope, top_components
-from memloc_lens.forward import at_least_float32, run_layers, target_logits
+from memloc_lens.forward import run_layers
 from memloc_lens.isolation import isolated
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import at_least_float32, target_logits
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 Until = Literal["unextractable", "greedy", "accuracy", "sampled"]

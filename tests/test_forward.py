@@ -1,10 +1,10 @@
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 
 from conftest import EACH_COMPONENT, PROMPT, random_sequence, some_of
-from memloc_lens import HEADS, NEURONS, WEIGHTS, ComponentSet, Neurons, ZeroOut, ablate, forward
-from memloc_lens.forward import PrefixCache, final_residual, run_layers, target_logits, target_loss, target_losses
+from memloc_lens import HEADS, NEURONS, WEIGHTS, ComponentSet, Neurons, ZeroOut, ablate
+from memloc_lens.forward import PrefixCache, final_residual, run_layers
+from memloc_lens.logits import target_logits, target_loss
 from memloc_lens.metrics import perplexity, teacher_forced
 from memloc_lens.sequence import Batch
 
@@ -157,23 +157,3 @@ def test_the_last_layer_at_the_targets_alone_is_the_whole_one(any_model, compone
             entering = any_model(batch.tokens, stop_at_layer=start)
             residual = run_layers(any_model, entering, start, prompt_len)
             assert torch.allclose(target_logits(any_model, residual), expected, atol=1e-10)
-
-
-@pytest.mark.parametrize("at_once", [1, 200, 2**20])
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(any_model, monkeypatch, at_once):
-    monkeypatch.setattr(forward, "CPU_LOGITS_AT_ONCE", at_once)
-    batch = some_rows(3)
-    residual = final_residual(any_model, batch).detach().requires_grad_(True)
-    weights = torch.tensor([1.0, -2.0, 0.5])
-    logits = target_logits(any_model, residual)
-    each = cross_entropy(logits.transpose(1, 2), batch.suffix, reduction="none")
-    (gradient,) = torch.autograd.grad((each.mean(dim=1) * weights).sum(), residual)
-    with forward.frozen(any_model):
-        losses = target_loss(any_model, residual, batch)
-        (fast,) = torch.autograd.grad((losses * weights).sum(), residual)
-        with torch.no_grad():
-            assert torch.equal(target_loss(any_model, residual, batch), losses)
-            assert torch.allclose(target_losses(any_model, residual, batch).double(), each, atol=1e-5)
-    assert torch.allclose(losses.double(), each.mean(dim=1), atol=1e-5)
-    assert torch.allclose(fast, gradient, atol=1e-6)
-    assert torch.allclose(target_loss(any_model, residual, batch).double(), each.mean(dim=1), atol=1e-5)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.variants import VARIANTS
-from memloc_lens.forward import at_least_float32, final_residual, target_logits
+from memloc_lens.forward import final_residual
 from memloc_lens.generation import rows_for
 from memloc_lens.isolation import isolated
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import at_least_float32, target_logits
 from memloc_lens.sequence import MemorizedSequence, check_sequences, equal_length_batches
 from memloc_lens.smallest_set import Recitation, recitation_of
 

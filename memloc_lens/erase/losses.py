@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from memloc_lens.forward import final_residual, target_losses
+from memloc_lens.forward import final_residual
 from memloc_lens.generation import rows_for
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import target_losses
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
 

@@ -21,8 +21,9 @@ from torch.nn.functional import cross_entropy
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.erase.losses import token_losses, whole
 from memloc_lens.erase.training import adamw_steps, in_turn, restored, trainable
-from memloc_lens.forward import at_least_float32, final_residual, target_logits
+from memloc_lens.forward import final_residual
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import at_least_float32, target_logits
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 from memloc_lens.smallest_set import limit_of, recitation_of
 

@@ -25,7 +25,6 @@ from torch.nn.functional import softplus
 
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import ComponentName, component_of, count_of
-from memloc_lens.forward import target_log_odds, target_loss
 from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import Context, check_context, check_disjoint
 from memloc_lens.localizers.gradients import IterativeGradient
@@ -35,6 +34,7 @@ from memloc_lens.localizers.learned_masks import (
     score_masks,
 )
 from memloc_lens.localizers.masking import mask_shape, masked_residual, with_unmasked_layers
+from memloc_lens.logits import target_log_odds, target_loss
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 

@@ -38,11 +38,11 @@ from torch.nn.functional import logsigmoid, softplus
 
 from memloc_lens.checks import check_choice, check_model, check_number
 from memloc_lens.components import WEIGHTS, ComponentName, Scope, component_of, count_of
-from memloc_lens.forward import target_log_odds
 from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.context import Context, check_context, check_disjoint, mean_over_context
 from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import ScoreBatch, score
+from memloc_lens.logits import target_log_odds
 from memloc_lens.sequence import Batch, MemorizedSequence, check_sequences
 
 Objective = Literal["log_odds", "probability", "loss"]

@@ -39,10 +39,11 @@ from memloc_lens.bridge import is_bridge, run_between
 from memloc_lens.checks import check_model, check_number, in_one_line
 from memloc_lens.components import HEADS, NEURONS, Hook, post
 from memloc_lens.devices import rows_of
-from memloc_lens.forward import CleanPass, at_least_float32, clean_pass, target_logits, target_losses
+from memloc_lens.forward import CleanPass, clean_pass
 from memloc_lens.hooks import hooked, hooked_at
 from memloc_lens.library_types import ActivationCache, HookedModel, HookPoint
 from memloc_lens.localizers.scoring import score
+from memloc_lens.logits import at_least_float32, target_logits, target_losses
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
 

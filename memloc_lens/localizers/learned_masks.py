@@ -26,10 +26,10 @@ from torch import Tensor
 
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import WEIGHTS, Component, ComponentName, component_of
-from memloc_lens.forward import target_loss
 from memloc_lens.library_types import HookedModel
 from memloc_lens.localizers.masking import check_gradients_pass, mask_shape, masked_residual, with_unmasked_layers
 from memloc_lens.localizers.scoring import score
+from memloc_lens.logits import target_loss
 from memloc_lens.sequence import Batch, MemorizedSequence
 
 STRETCH = 0.1  # of the concrete distribution beyond 0 and 1 (Louizos et al., 2018)

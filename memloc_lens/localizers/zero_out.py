@@ -35,19 +35,12 @@ from memloc_lens.bridge import run_between
 from memloc_lens.checks import check_model, check_number
 from memloc_lens.components import HEADS, NEURONS, Component, ComponentName, component_of, top_components
 from memloc_lens.devices import rows_of
-from memloc_lens.forward import (
-    CleanPass,
-    at_targets,
-    clean_pass,
-    final_residual,
-    neurons_add_up,
-    run_layers,
-    target_loss,
-)
+from memloc_lens.forward import CleanPass, at_targets, clean_pass, final_residual, neurons_add_up, run_layers
 from memloc_lens.hooks import END, hooked
 from memloc_lens.isolation import in_float32
 from memloc_lens.library_types import HookedModel, LayerNorm
 from memloc_lens.localizers.scoring import score
+from memloc_lens.logits import target_loss
 from memloc_lens.memory import in_chunks, rows_at_once
 from memloc_lens.sequence import Batch, MemorizedSequence
 

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from memloc_lens.forward import final_residual, target_loss
+from memloc_lens.forward import final_residual
 from memloc_lens.library_types import HookedModel
+from memloc_lens.logits import target_loss
 from memloc_lens.memory import rows_at_once
 from memloc_lens.sequence import MemorizedSequence, equal_length_batches
 
