@@ -192,9 +192,11 @@ def disturbed(kind: str, name: str, data: Path, site: Site, whole: Path, draw: r
     options = [*FURTHER[kind], *RAY, *on_cluster]
     process = kills.start(kind, data, out, options)
     wait(process, out, len(lines_of(whole)), expected != 0, draw)
-    records, struck = len(lines_of(out)), process.exitcode is None and bool(expected or workers())
-    if struck:
-        strike(site, process.pid)
+    records, struck = len(lines_of(out)), False
+    if process.exitcode is None and (expected or workers()):
+        with suppress(IndexError, psutil.NoSuchProcess):  # the worker has just ended
+            strike(site, process.pid)
+            struck = True
     process.join(PATIENCE)
     lines, said = lines_of(out), kills.said_by(out).read_text()
     site.mend()

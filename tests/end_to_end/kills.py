@@ -69,14 +69,15 @@ def command(kind: str, options: list[str], said: Path) -> None:
 def start(kind: str, data: Path, out: Path, further: Sequence[str] = ()) -> Any:
     """Start a run in a process of its own, with further options."""
     options = [*arguments(kind, data), *further, "--out", str(out)]
+    said_by(out).write_text("")
     process = FORKS.Process(target=command, args=(kind, options, said_by(out)))
     process.start()
     return process
 
 
 def said_by(out: Path) -> Path:
-    """What the last run in a folder said."""
-    return out.with_suffix(".said")
+    """What the last run beside a run folder said: elsewhere, as its disk may be full."""
+    return out.parent.with_suffix(".said")
 
 
 def finish(kind: str, data: Path, out: Path, further: Sequence[str] = ()) -> float:
@@ -129,7 +130,7 @@ def kills(data: Path, folder: Path, count: int, seed: int = 0) -> Iterator[Kill]
         if process.exitcode == 0:  # it was finished before the signal came
             shutil.rmtree(out)
             continue
-        said, file = said_by(out).read_text() if said_by(out).exists() else "", out / "records.jsonl"
+        said, file = said_by(out).read_text(), out / "records.jsonl"
         records = file.read_bytes().count(b"\n") if file.exists() else 0
         finish(kind, data, out)
         yield Kill(kind, name, records, process.exitcode, result(kind, out) == result(kind, whole[kind]), said)
